@@ -1,0 +1,59 @@
+"""OpenWebText, the open copy of GPT-2's training text (8 million pages, 9 billion tokens), in GPT-2's tokens.
+
+    pip install datasets
+    python data/openwebtext/prepare.py                         (streams about 13 GB, writes 17 GB)
+    python data/openwebtext/prepare.py --input=pages.jsonl     (takes your copy: .jsonl with a text field, or .txt)
+"""
+import os
+import sys
+from dataclasses import dataclass
+from typing import Iterator
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, '..', '..'))
+from configurator import UserError, configure, run  # noqa: E402
+from dataset import Piece, find_files, pick_split, read_jsonl, read_pieces, write_dataset  # noqa: E402
+from tokenizer import GPT2Tokenizer  # noqa: E402
+
+
+@dataclass
+class PrepareConfig:
+    input: str = ''  # a file or folder of .jsonl or .txt; '': streamed from the Hugging Face hub
+    out_dir: str = os.path.relpath(HERE)  # where the token files go
+    val_fraction: float = 0.0005  # share of the pages kept for validation
+    max_documents: int = 0  # stop after this many pages; 0: all
+    seed: int = 1337  # of the split
+    offline: bool = False  # download nothing
+
+
+def main() -> None:
+    config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
+    by_hand = 'get the pages by hand and name them with --input=FILE (.jsonl with a text field, or .txt)'
+    if config.offline and not config.input:
+        raise UserError(f'openwebtext comes from the network, and nothing is downloaded now: {by_hand}')
+
+    def texts() -> Iterator[str]:
+        if config.input:
+            for path in find_files([config.input]):
+                yield from (r['text'] for r in read_jsonl(path)) if path.endswith('.jsonl') else [''.join(read_pieces(path))]
+            return
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise UserError(f'this dataset is streamed by the datasets library: pip install datasets; or {by_hand}') from None
+        try:
+            yield from (page['text'] for page in load_dataset('Skylion007/openwebtext', split='train', streaming=True))
+        except OSError as error:  # requests' and the hub's errors are OSErrors
+            raise UserError(f'the hub could not be reached ({type(error).__name__}): {by_hand}') from None
+
+    def pages() -> Iterator[Piece]:
+        for number, text in enumerate(texts()):
+            if config.max_documents and number >= config.max_documents:
+                return
+            yield pick_split(text, config.val_fraction, config.seed), text, True
+
+    write_dataset(config.out_dir, pages(), GPT2Tokenizer(), source=config.input or 'Skylion007/openwebtext')
+
+
+if __name__ == '__main__':
+    run(main)

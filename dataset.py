@@ -1,0 +1,430 @@
+"""Token files: write `train.bin` and `val.bin` from documents, read batches from them.
+
+A `.bin` file is raw little-endian uint16 token ids, nothing else (nanoGPT's format); shards (`train_000001.bin …`) and the
+256-int32 header of llm.c and modded-nanogpt are read too. `meta.json` beside them holds the tokenizer and the counts.
+
+Reading has no state. The batch of step s is a pure function of (seed, s) and the files: each epoch cuts the split into
+windows at its own offset and visits every window once, in an order drawn from (seed, epoch) by a keyed permutation that
+needs no memory. So a resumed run, or one on more processes, sees the very same windows.
+"""
+import codecs
+import glob
+import hashlib
+import json
+import os
+import pickle
+import time
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_state
+from tokenizer import load as load_tokenizer
+
+Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
+HEADER_MAGIC, HEADER_BYTES = 20240520, 1024
+U64 = np.uint64
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+def write_dataset(folder: str, pieces: Iterable[Piece], tokenizer: Tokenizer, total_bytes: int | None = None,
+                  source: str = '', need: tuple[str, ...] = ('train', 'val')) -> dict[str, Any]:
+    """Tokenize `pieces` into `folder`/{split}.bin and meta.json; returns the meta.
+
+    Streams: memory does not grow with the corpus. The library behind the tokenizer uses all cores. Everything is written
+    under temporary names and renamed at the end, the meta last. Raises UserError if a needed split stays empty, the
+    vocabulary does not fit 16 bits, or the disk is full; the old files are then untouched.
+    """
+    if tokenizer.vocab_size > 65536:
+        raise UserError(f'a vocabulary of {tokenizer.vocab_size} does not fit 16-bit token files: at most 65536')
+    os.makedirs(folder, exist_ok=True)
+    splits = {s: {'documents': 0, 'tokens': 0, 'bytes': 0} for s in need}
+    files = {s: open(os.path.join(folder, f'{s}.bin.tmp'), 'wb') for s in need}
+    separator = [] if tokenizer.eot is None else [tokenizer.eot]
+    bar = tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenizing', disable=None, leave=False)
+
+    def flush(batch: list[Piece]) -> None:
+        for (split, text, ends), ids in zip(batch, tokenizer.encode_batch([p[1] for p in batch])):
+            array = np.concatenate([ids, separator if ends else []]).astype('<u2')
+            files[split].write(array.tobytes())
+            size = len(text.encode('utf-8', 'surrogatepass'))
+            splits[split]['documents'] += ends
+            splits[split]['tokens'] += len(array)
+            splits[split]['bytes'] += size
+            bar.update(size)
+
+    try:
+        batch: list[Piece] = []
+        waiting = 0
+        for piece in pieces:
+            batch.append(piece)
+            waiting += len(piece[1])
+            if waiting > 1 << 22:  # 4M characters: enough to keep every core busy
+                flush(batch)
+                batch, waiting = [], 0
+        flush(batch)
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        for split in need:
+            if splits[split]['tokens'] < 2:
+                raise UserError(f'the {split} split came out empty: too little text in {source or "the input"}, or val_fraction is too small or too large')
+        meta = {'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'splits': splits,
+                'source': source, 'prepared': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+        if isinstance(tokenizer, CharTokenizer):  # nanoGPT's sample.py reads this one
+            itos = dict(enumerate([*tokenizer.chars, *tokenizer.special]))
+            with open(os.path.join(folder, 'meta.pkl.tmp'), 'wb') as f:
+                pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, f)
+        with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as f:
+            json.dump(meta, f, ensure_ascii=False)
+        for name in [f'{s}.bin' for s in need] + ['meta.pkl', 'meta.json']:
+            if os.path.exists(os.path.join(folder, f'{name}.tmp')):
+                os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
+            elif name == 'meta.pkl' and os.path.exists(os.path.join(folder, name)):
+                os.remove(os.path.join(folder, name))  # an older preparation's characters would mislead
+    except OSError as error:
+        raise UserError(f'{folder}: {error.strerror}; nothing was changed') from None
+    finally:
+        bar.close()
+        for f in files.values():
+            f.close()
+        for left in glob.glob(os.path.join(glob.escape(folder), '*.tmp')):
+            os.remove(left)
+    print(f'{folder}: {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}')
+    for split in need:
+        print(f'  {split}.bin  {splits[split]["tokens"]:,} tokens from {splits[split]["documents"]:,} documents, {splits[split]["bytes"]:,} bytes of text')
+    return meta
+
+
+def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
+    """'train' or 'val' by a hash of the document's text: no text is in both, and a growing corpus keeps its split."""
+    digest = hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=8, key=str(seed).encode()).digest()
+    return 'val' if int.from_bytes(digest, 'little') < val_fraction * 2**64 else 'train'
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+class Split:
+    """One split of a dataset folder: `n_windows` windows of `block_size` + 1 tokens each.
+
+    Raises UserError if there is no such file, or it is empty, of odd size, or (for training) shorter than one window.
+    """
+
+    def __init__(self, folder: str, name: str, block_size: int, vocab_size: int = 65536, seed: int = 1337):
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        single = os.path.join(folder, f'{name}.bin')
+        paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
+        if not paths:
+            raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
+        self.shards = [_open_tokens(path) for path in paths]
+        self.paths, self.n_tokens = paths, sum(map(len, self.shards))
+        # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
+        # offsets take any value below block_size, so that each epoch sees the text cut in other places.
+        counts = [max((len(s) - 1) // block_size - 1, min((len(s) - 1) // block_size, 1)) for s in self.shards]
+        self.first = np.cumsum([0, *counts])  # window numbers at which the shards begin
+        self.n_windows = int(self.first[-1])
+        if self.n_windows == 0 and name == 'train':
+            raise UserError(f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
+                            'use more text or a smaller --block_size')
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `first` … `first + count - 1` of the endless stream of windows: inputs and targets, (count, block_size) int64 each."""
+        rows = np.arange(first, first + count)
+        window = np.empty(count, dtype=np.int64)
+        offset = np.empty(count, dtype=np.int64)
+        for epoch in range(first // self.n_windows, (first + count - 1) // self.n_windows + 1):
+            here = rows // self.n_windows == epoch
+            window[here] = permute(rows[here] % self.n_windows, self.n_windows, self.seed, epoch)
+            offset[here] = epoch_offset(self.seed, epoch)
+        shard = np.searchsorted(self.first, window, side='right') - 1
+        tokens = np.empty((count, self.block_size + 1), dtype=np.int64)
+        for i in range(count):
+            data = self.shards[shard[i]]
+            slack = min(self.block_size, len(data) - int(self.first[shard[i] + 1] - self.first[shard[i]]) * self.block_size)
+            start = int(window[i] - self.first[shard[i]]) * self.block_size + int(offset[i]) % slack
+            tokens[i] = data[start:start + self.block_size + 1]
+        self.check_ids(tokens)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def eval_windows(self, limit: int | None = None) -> int:
+        """How many windows evaluation reads: the whole split, or `limit` of them."""
+        whole = int(self._eval_first()[-1])
+        return whole if limit is None else min(limit, whole)
+
+    def _eval_first(self) -> np.ndarray:
+        return np.cumsum([0, *(-(-(len(s) - 1) // self.block_size) for s in self.shards)])
+
+    def eval_batches(self, batch_size: int, limit: int | None = None, rank: int = 0, world_size: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The split from end to end in fixed windows, (≤ batch_size, block_size) a batch; targets past the end are -1.
+
+        With `limit`, that many windows evenly spread over the split, the same ones every time. Ranks take every
+        world_size-th window, so that together they read each one once.
+        """
+        first = self._eval_first()
+        chosen = (np.arange(n := self.eval_windows(limit)) * first[-1] // n)[rank::world_size]
+        for at in range(0, len(chosen), batch_size):
+            x = np.zeros((len(chosen[at:at + batch_size]), self.block_size), dtype=np.int64)
+            y = np.full_like(x, -1)
+            for row, window in enumerate(chosen[at:at + batch_size]):
+                shard = int(np.searchsorted(first, window, side='right')) - 1
+                start = int(window - first[shard]) * self.block_size
+                piece = self.shards[shard][start:start + self.block_size + 1].astype(np.int64)
+                x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
+            self.check_ids(x, y)
+            yield x, y
+
+    def check_ids(self, *arrays: np.ndarray) -> None:
+        """Raises UserError if an id lies beyond the vocabulary (a GPU would only say 'device-side assert')."""
+        if (top := max(int(a.max()) for a in arrays)) >= self.vocab_size:
+            raise UserError(f'{self.paths[0]}: token id {top} is beyond the vocabulary of {self.vocab_size}: '
+                            'the file was prepared with another tokenizer; prepare it again')
+
+
+def _open_tokens(path: str) -> np.ndarray:
+    """The uint16 ids of one file, mapped, not read; a 256-int32 header with the known magic is skipped."""
+    size = os.path.getsize(path)
+    if size == 0:
+        raise UserError(f'{path}: the file is empty; prepare the dataset again')
+    if size % 2:
+        raise UserError(f'{path}: {size} bytes is an odd size, but token ids take two bytes each: the file is cut off or not a token file')
+    with open(path, 'rb') as f:
+        header = np.frombuffer(f.read(12), dtype='<i4')[:3] if size >= HEADER_BYTES else []
+    if len(header) and header[0] == HEADER_MAGIC:
+        if header[1] != 1:
+            raise UserError(f'{path}: header version {header[1]} is not the uint16 one (version 1)')
+        if size != HEADER_BYTES + 2 * int(header[2]):
+            raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {(size - HEADER_BYTES) // 2}: it is cut off')
+        return np.memmap(path, dtype='<u2', mode='r', offset=HEADER_BYTES)
+    return np.memmap(path, dtype='<u2', mode='r')
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def _key(*numbers: int) -> np.ndarray:
+    """One 64-bit key from several integers, as a one-element array (numpy wraps arrays without a warning)."""
+    key = np.zeros(1, dtype=U64)
+    for number in numbers:
+        key = _mix(key + U64(0x9E3779B97F4A7C15) + np.array([number % 2**64], dtype=U64))
+    return key
+
+
+def epoch_offset(seed: int, epoch: int) -> int:
+    """Where this epoch's first window begins, before the reader reduces it modulo what fits."""
+    return int(_key(seed, epoch, 99)[0] >> U64(33))
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where each `index` in [0, n) goes in the permutation of (seed, epoch): O(1) memory whatever n is.
+
+    A Feistel network over the next even power of two is a bijection; walking on until the value falls below n keeps it
+    one on [0, n) (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    half = U64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (U64(1) << half) - U64(1)
+    keys = [_key(seed, epoch, turn) for turn in range(4)]
+
+    def shuffle(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return left << half | right
+
+    x = shuffle(index.astype(U64))
+    while (out := x >= U64(n)).any():
+        x[out] = shuffle(x[out])
+    return x.astype(np.int64)
+
+
+# -----------------------------------------------------------------------------
+# The folder's description
+
+class _NoCode(pickle.Unpickler):
+    """Reads pickles of plain containers and values; any that wants a class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise UserError(f'the pickle asks for {module}.{name}; only plain dicts, lists, text and numbers are read')
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    """The folder's meta.json, or what nanoGPT's meta.pkl tells, or {} if there is neither (then GPT-2's tokens are meant).
+
+    Reading a meta.pkl runs no code from it. Raises UserError if the file is not what it should be.
+    """
+    path = os.path.join(folder, 'meta.json')
+    try:
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                meta = json.load(f)
+            return {'tokenizer': meta['tokenizer'], 'vocab_size': meta['vocab_size'], 'splits': meta.get('splits', {})}
+        path = os.path.join(folder, 'meta.pkl')
+        if os.path.exists(path):
+            with open(path, 'rb') as f:
+                itos = _NoCode(f).load()['itos']
+            symbols = [itos[i] for i in range(len(itos))]
+            chars = ''.join(s for s in symbols if len(s) == 1)
+            state = {'kind': 'char', 'chars': chars, 'special': symbols[len(chars):]}
+            if list(chars) + state['special'] != symbols:
+                raise UserError('special tokens stand before characters')
+            return {'tokenizer': state, 'vocab_size': len(symbols), 'splits': {}}
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    except Exception as error:  # a foreign file can fail anywhere in the reader
+        raise UserError(f'{path}: not a description of a dataset ({type(error).__name__}: {str(error)[:80]}); prepare the dataset again') from None
+    return {}
+
+
+def read_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer that the folder was prepared with."""
+    return from_state(read_meta(folder).get('tokenizer', {'kind': 'gpt2'}))
+
+
+def bytes_per_token(folder: str, split: str = 'val') -> float | None:
+    """UTF-8 bytes of text per token of the split, for bits per byte; None if the folder does not tell."""
+    counts = read_meta(folder).get('splits', {}).get(split, {})
+    return counts['bytes'] / counts['tokens'] if counts.get('bytes') and counts.get('tokens') else None
+
+
+# -----------------------------------------------------------------------------
+# What several prepare.py share
+
+def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
+    """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
+    if name == 'gpt2':
+        return GPT2Tokenizer(**normalization)
+    if name == 'char':
+        return CharTokenizer.train(texts(), **normalization)
+    if name == 'bpe':
+        return BPETokenizer.train(texts(), vocab_size, **normalization)
+    return load_tokenizer(name)
+
+
+def song_head(artist: str = '', album: str = '', year: str | int | None = '', title: str = '') -> str:
+    """The lines that stand before a song's words, and begin a prompt for one; what is not known is left out."""
+    lines = [f'{name}: {value}\n' for name, value in (('Artist', artist), ('Album', album), ('Year', year), ('Title', title)) if value]
+    return ''.join(lines) + ('\n' if title else '')
+
+
+def split_text(pieces: Iterable[str], total: int, val_fraction: float) -> Iterator[Piece]:
+    """One long text of `total` characters, given in pieces: its first part for training, its last for validation."""
+    border, seen = int(total * (1 - val_fraction)), 0
+    for text in pieces:
+        cut = min(max(border - seen, 0), len(text))
+        seen += len(text)
+        if cut:
+            yield 'train', text[:cut], seen - len(text) + cut == border
+        if text[cut:]:
+            yield 'val', text[cut:], seen == total
+
+
+def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md', '.jsonl')) -> list[str]:
+    """The files named, and those with these suffixes in the folders named and below, in a fixed order. Raises UserError if there are none."""
+    found = []
+    for path in paths:
+        if os.path.isfile(path):
+            found.append(path)
+        elif os.path.isdir(path):
+            found += sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names if name.lower().endswith(suffixes))
+        else:
+            raise UserError(f'{path}: no such file or folder')
+    if not found:
+        raise UserError(f'{", ".join(paths) or "no input"}: no {", ".join(suffixes)} file to read; name files or folders with --input=a.txt,songs/')
+    return found
+
+
+def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
+    """A text file's text in pieces of whole lines, about a million characters each; line ends become \\n.
+
+    Without an `encoding` it is detected: UTF-8, UTF-16 with its mark, else charset-normalizer's guess.
+    """
+    encoding = encoding or detect_encoding(path)
+    try:
+        with open(path, encoding=encoding) as text:
+            while lines := text.readlines(1 << 20):
+                yield ''.join(lines)
+    except LookupError:
+        raise UserError(f'encoding={encoding}: Python knows no such encoding') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: is not all {encoding} ({error.reason}); name its encoding, as in --encoding=cp1252, or save it as UTF-8') from None
+
+
+def detect_encoding(path: str) -> str:
+    """The encoding that the file's first megabyte speaks for. Raises UserError if none does."""
+    with open(path, 'rb') as f:
+        sample = f.read(1 << 20)
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'utf-16'
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(sample)
+        return 'utf-8-sig'
+    except UnicodeDecodeError:
+        from charset_normalizer import from_bytes
+    best = from_bytes(sample).best()
+    if best is None:
+        raise UserError(f'{path}: its encoding could not be detected; name it, as in --encoding=cp1252, or save the file as UTF-8')
+    return best.encoding
+
+
+def read_jsonl(path: str, encoding: str = '') -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. Raises UserError that names the line for anything else."""
+    number = 0
+    for piece in read_pieces(path, encoding):
+        for line in piece.removesuffix('\n').split('\n'):  # not splitlines(): JSON may hold U+2028 and its like unescaped
+            number += 1
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f'{path}, line {number}: not JSON ({error.msg})') from None
+                if not isinstance(record, dict):
+                    raise UserError(f'{path}, line {number}: expected an object, as in {{"text": "…"}}')
+                yield record
+
+
+def download(url: str, path: str, sha256: str | None = None, offline: bool = False) -> str:
+    """Fetch `url` to `path` unless it is there: resumed where it broke off, checked, and renamed when whole; returns `path`.
+
+    Raises UserError, which says where to put the file by hand, when offline, unreachable or damaged.
+    """
+    by_hand = f'get {url} by hand and put it at {path}, or name your copy with --input=FILE'
+    if os.path.exists(path):
+        return path
+    if offline:
+        raise UserError(f'{path} is not there and nothing is downloaded now: {by_hand}')
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+    part = path + '.part'
+    try:
+        with requests.Session() as session:
+            session.mount('https://', HTTPAdapter(max_retries=Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))))
+            have = os.path.getsize(part) if os.path.exists(part) else 0
+            with session.get(url, stream=True, timeout=30, headers={'Range': f'bytes={have}-'} if have else {}) as answer:
+                if answer.status_code != 416:  # 416: the part was already whole
+                    answer.raise_for_status()
+                    have *= answer.status_code == 206  # else the server sends all of it again
+                    left = int(answer.headers.get('Content-Length', 0))
+                    with open(part, 'ab' if have else 'wb') as f, tqdm(total=have + left or None, initial=have, unit='B', unit_scale=True,
+                                                                      desc=os.path.basename(path), disable=None) as bar:
+                        for chunk in answer.iter_content(1 << 16):
+                            f.write(chunk)
+                            bar.update(len(chunk))
+    except requests.RequestException as error:
+        raise UserError(f'{url} could not be fetched ({type(error).__name__}): {by_hand}') from None
+    if sha256:
+        with open(part, 'rb') as f:
+            if (digest := hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()) != sha256:
+                os.remove(part)
+                raise UserError(f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}')
+    os.replace(part, path)
+    return path

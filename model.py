@@ -1,0 +1,610 @@
+"""The GPT: its configuration, blocks, loss, optimizers, and `generate` with a KV cache.
+
+Two presets, every part of which can be overridden:
+- arch='gpt2': LayerNorm, learned positions, GELU, tied head: OpenAI's GPT-2 (Radford et al. 2019), weights in and out.
+- arch='modern' (default): RMSNorm before and RoPE in attention, QK-norm, grouped-query attention, SwiGLU, no biases,
+  zero-initialised output projections: the Qwen3 architecture (Qwen team 2025), so that common runtimes load it.
+
+Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H, V the vocabulary.
+"""
+import json
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from typing import Any, Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRESETS: dict[str, dict[str, Any]] = {
+    'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
+    'modern': dict(bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False),
+}
+NANOGPT_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+
+
+@dataclass
+class GPTConfig:
+    """The model's shape. None means what the preset `arch` says. Raises ValueError, with the field's name, for a bad value."""
+
+    block_size: int = 1024  # tokens of context
+    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool | None = None  # biases in linear layers and LayerNorms
+    arch: str = 'gpt2'  # nanoGPT's checkpoints name none, so here it is the default; train.py's is modern
+    n_kv_head: int | None = None  # key and value heads, shared by n_head / n_kv_head query heads each; None: n_head
+    n_ff: int | None = None  # width inside the MLP; None: 4 C, or 8/3 C rounded up to a multiple of 32 for swiglu
+    position: str | None = None  # learned, rope (Su et al. 2021) or sinusoidal (Vaswani et al. 2017)
+    norm: str | None = None  # layernorm or rmsnorm (Zhang and Sennrich 2019)
+    mlp: str | None = None  # gelu, swiglu (Shazeer 2020) or relu2 (So et al. 2021)
+    qk_norm: bool | None = None  # normalize queries and keys (Henry et al. 2020): steady at high learning rates
+    tie_weights: bool | None = None  # one matrix for embedding and head (Press and Wolf 2017)
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.arch not in PRESETS:
+            raise ValueError(f'arch={self.arch}: expected one of {", ".join(PRESETS)}')
+        for key, value in PRESETS[self.arch].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
+            if getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_head={self.n_head} does not divide n_embd={self.n_embd}: every head takes an equal share of the width')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}')
+        if self.n_ff is None:
+            self.n_ff = 32 * math.ceil(self.n_embd * 8 / 3 / 32) if self.mlp == 'swiglu' else 4 * self.n_embd
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: expected a share from 0 to below 1')
+        for key, known in ('position', ('learned', 'rope', 'sinusoidal')), ('norm', ('layernorm', 'rmsnorm')), ('mlp', ('gelu', 'swiglu', 'relu2')):
+            if getattr(self, key) not in known:
+                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(known)}')
+        if self.position == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd / n_head = {self.n_embd // self.n_head}: RoPE turns pairs, so it must be even')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that rebuild this config; for plain GPT-2 exactly nanoGPT's seven, so that nanoGPT can read them."""
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        nanogpt = {k: whole[k] for k in NANOGPT_KEYS}
+        return nanogpt if GPTConfig(**nanogpt) == self else whole
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias can be left out."""
+
+    def __init__(self, dim: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, over the last dimension."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), 1e-6)
+
+
+def make_norm(config: GPTConfig, dim: int) -> nn.Module:
+    return RMSNorm(dim) if config.norm == 'rmsnorm' else LayerNorm(dim, bool(config.bias))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE: turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos and sin are (T, D) or (B, 1, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer (B, n_kv_head, room, D), in memory taken once.
+
+    `length` tokens of each row are filled in; `pad` (B,) counts the empty places on the left of shorter prompts, or is
+    None when all rows are equally long.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, 2, batch, config.n_kv_head or config.n_head, room, config.n_embd // config.n_head)
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.pad: torch.Tensor | None = None
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
+        end = self.length + k.size(2)
+        self.data[layer, 0, :, :, self.length:end] = k
+        self.data[layer, 1, :, :, self.length:end] = v
+        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token looks at itself and those before it: q, k and v in one matrix, then scaled dot-product attention."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        bias = bool(config.bias)
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if config.qk_norm else None for _ in 'qk')
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None,
+                cache: KVCache | None) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T == k.size(2) > 1,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Each token by itself: widen, bend, narrow."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind, self.dropout = config.mlp, config.dropout
+        n_ff = config.n_ff or 0
+        self.c_fc = nn.Linear(config.n_embd, n_ff * (2 if self.kind == 'swiglu' else 1), bias=bool(config.bias))
+        self.c_proj = nn.Linear(n_ff, config.n_embd, bias=bool(config.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_fc(x)
+        if self.kind == 'swiglu':
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x, approximate='tanh') if self.kind == 'gelu' else F.relu(x).square()
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = make_norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None,
+                cache: KVCache | None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), rope, mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over tokens of -log softmax(x Wᵀ)[target], without the (tokens × vocabulary) matrix.
+
+    x (N, C), weight (V, C), targets (N,) with -1 for "no loss here". Works through chunks of tokens and takes each chunk's
+    gradients at once, while its logits are at hand (as in Liger Kernel, Hsu et al. 2024): memory falls from N·V to
+    chunk·V, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, training: bool) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w = weight.to(dtype)
+        chunk = max(64, 2**23 // weight.size(0))  # about 32 MB of fp32 logits at a time
+        dx = torch.empty_like(x) if training else None
+        dw = torch.zeros_like(weight) if training else None
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        with torch.autocast(device, enabled=False):
+            for start in range(0, x.size(0), chunk):
+                part, target = x[start:start + chunk].to(dtype), targets[start:start + chunk]
+                keep = (target >= 0).float()
+                log_p = F.log_softmax((part @ w.t()).float(), dim=-1)
+                target = target.clamp(min=0)[:, None]
+                loss -= log_p.gather(1, target)[:, 0] @ keep
+                if dx is not None and dw is not None:
+                    grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(keep[:, None]).to(dtype)
+                    dx[start:start + chunk] = grad @ w
+                    dw += grad.t() @ part
+        ctx.save_for_backward(*(() if dx is None else (dx, dw)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        return dx * grads[0].to(dx.dtype), dw * grads[0].to(dw.dtype), None, None
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class GPT(nn.Module):
+    """A decoder-only Transformer. `model(idx)` gives logits (B, T, V); `model(idx, targets)` the mean loss in nats per token."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            ln_f=make_norm(config, config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        self.register_buffer('positions', self._position_table(), persistent=False)
+        self.init_weights()
+
+    def _position_table(self) -> torch.Tensor | None:
+        """What a position adds or turns by: (2, T, D) cosines and sines for RoPE, (1, T, C) for sinusoidal, None for learned."""
+        config = self.config
+        if config.position == 'learned':
+            return None
+        dim = config.n_embd // config.n_head if config.position == 'rope' else config.n_embd
+        theta = config.rope_theta if config.position == 'rope' else 10000.0
+        angle = torch.outer(torch.arange(config.block_size).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))  # (T, dim / 2)
+        if config.position == 'rope':
+            return torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(1, config.block_size, -1)[:, :, :dim]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: normal(0.02), output projections by 1/√(2L) less. Modern: fan-in scaled matrices, output projections and head zero."""
+        config = self.config
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.ones_(p) if name.endswith('weight') else nn.init.zeros_(p)
+            elif config.arch == 'gpt2':
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1))
+            elif name.endswith('c_proj.weight') or name == 'lm_head.weight' and not config.tie_weights:
+                nn.init.zeros_(p)  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
+            else:
+                nn.init.normal_(p, std=0.02 if 'wte' in name or 'wpe' in name or 'lm_head' in name else 0.5 * config.n_embd**-0.5)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The last block's normalized output (B, T, C) for token ids (B, T), which follow what the cache holds."""
+        B, T = idx.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f'{past + T} tokens are more than the context of block_size={self.config.block_size}')
+        place = torch.arange(past, past + T, device=idx.device)
+        mask = None
+        if cache is not None and cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
+            keys = torch.arange(past + T, device=idx.device)
+            mask = (keys <= place[:, None]) & (keys >= cache.pad[:, None, None])  # (B, T, past + T)
+            mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
+            place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
+        elif past and T > 1:
+            mask = torch.arange(past + T, device=idx.device) <= place[:, None]
+        x = self.transformer.wte(idx)
+        rope = None
+        if self.positions is None:
+            x = x + self.transformer.wpe(place)
+        elif self.config.position == 'sinusoidal':
+            x = x + self.positions[0, place].to(x.dtype)
+        else:
+            table = self.positions[:, place].to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+            rope = (table[0], table[1]) if place.dim() == 1 else (table[0][:, None], table[1][:, None])
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, V) in the weights' dtype; or, given targets (B, T) with -1 for "none", the mean loss, a scalar in fp32."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x)
+        total = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+        return total / (targets >= 0).sum().clamp(min=1)
+
+    # -------------------------------------------------------------------------
+    # Size
+
+    def num_params(self, embeddings: bool = True) -> int:
+        """How many parameters; without the token and position tables if asked (a tied table is the head, so it counts)."""
+        n = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            n -= self.transformer.wpe.weight.numel() if self.config.position == 'learned' else 0
+            n -= self.transformer.wte.weight.numel() if not self.config.tie_weights else 0
+        return n
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token, forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        config = self.config
+        return 6 * self.num_params(embeddings=False) + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context to `block_size` tokens in place. Raises ValueError if it is longer than now."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f'block_size={block_size}: this model can be cropped to 1 … {self.config.block_size} tokens')
+        self.config.block_size = block_size
+        if self.config.position == 'learned':
+            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
+        else:
+            self.positions = self.positions[:, :block_size].clone()
+
+    # -------------------------------------------------------------------------
+    # Learning
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             optimizer: str = 'muon') -> dict[str, torch.optim.Optimizer]:
+        """{'adamw': …} for all parameters, or {'adamw': …, 'muon': …} with the blocks' matrices under Muon.
+
+        Norms and biases are not decayed; nor are the embeddings under Muon (Jordan et al. 2024 leave them to Adam).
+        """
+        config = self.config
+        heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
+        splits = {'attn.c_attn.weight': [h * config.n_embd // config.n_head for h in heads]}
+        if config.mlp == 'swiglu':
+            splits['mlp.c_fc.weight'] = [config.n_ff or 0] * 2
+        groups: dict[str, list[nn.Parameter]] = {'decay': [], 'plain': []}
+        matrices: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for name, p in self.named_parameters():
+            if optimizer == 'muon' and p.dim() == 2 and name.startswith('transformer.h.'):
+                matrices[tuple(next((s for end, s in splits.items() if name.endswith(end)), ()))].append(p)
+            else:
+                groups['decay' if p.dim() >= 2 and optimizer != 'muon' else 'plain'].append(p)
+        adamw = [{'params': groups['decay'], 'weight_decay': weight_decay}, {'params': groups['plain'], 'weight_decay': 0.0}]
+        device = next(self.parameters()).device.type
+        made: dict[str, torch.optim.Optimizer] = {'adamw': torch.optim.AdamW(
+            [g for g in adamw if g['params']], lr=learning_rate, betas=betas, fused=device in ('cpu', 'cuda'))}
+        if matrices:
+            made['muon'] = Muon([{'params': ps, 'rows': list(rows)} for rows, ps in matrices.items()], lr=learning_rate, weight_decay=weight_decay)
+        return made
+
+    # -------------------------------------------------------------------------
+    # Writing
+
+    @torch.inference_mode()
+    def generate(self, prompts: torch.Tensor | Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+                 stop_tokens: Iterable[int] = (), seed: int = 1337, vocab_size: int | None = None) -> Iterator[torch.Tensor]:
+        """Continue each prompt (token ids; lengths may differ), giving out one (B,) tensor of new ids at a time.
+
+        A row that met a stop token gives that token, then -1s; when all have, the iterator ends. Row i draws from a
+        random stream of its own, `seed + i`, so that neither the batch nor the other rows change what it writes.
+        `temperature=0` is greedy; `top_k` and `top_p` of 0 or None are off; `repetition_penalty` > 1 makes tokens that
+        already stand in the row less likely (Keskar et al. 2019); ids from `vocab_size` on (padding) are never drawn.
+        When the context is full, its later half is kept and read again: writing goes on without end.
+        Raises ValueError for an empty prompt or an option out of range.
+        """
+        check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
+        rows = [torch.as_tensor(p, dtype=torch.long).tolist() for p in prompts]
+        if not rows or not all(rows):
+            raise ValueError('a prompt is empty: give at least one token')
+        device, stop = self.lm_head.weight.device, torch.tensor(list(stop_tokens), dtype=torch.long, device=self.lm_head.weight.device)
+        dice = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
+        running = torch.ones(len(rows), dtype=torch.bool, device=device)
+        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)
+        if repetition_penalty != 1:
+            for i, row in enumerate(rows):
+                seen[i, row] = True
+        history, cache, new = rows, None, None
+        was_training = self.training
+        self.eval()
+        try:
+            for step in range(max_new_tokens):
+                if new is None or cache is None or cache.length >= self.config.block_size:
+                    history, cache, new = self._prefill(history, max_new_tokens - step, device)
+                logits = self.lm_head(self.hidden(new, cache)[:, -1]).float()[:, :vocab_size]
+                if repetition_penalty != 1:
+                    logits = torch.where(seen[:, :vocab_size], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+                if step % 64 == 0:
+                    chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(device)  # one number a token: (B, 64)
+                tokens = draw(logits, chance[:, step % 64], temperature, top_k, top_p)
+                seen.scatter_(1, tokens[:, None], True)
+                out = torch.where(running, tokens, -1)
+                for row, token in zip(history, tokens.tolist()):
+                    row.append(token)
+                new = tokens[:, None]
+                yield out
+                if len(stop):
+                    running &= ~torch.isin(tokens, stop)
+                    if not running.any():
+                        return
+        finally:
+            self.train(was_training)
+
+    def _prefill(self, history: list[list[int]], left: int, device: torch.device) -> tuple[list[list[int]], KVCache, torch.Tensor]:
+        """The rows cut to the context (a full one to its later half), an empty cache with room for what comes, and the batch to read."""
+        size = self.config.block_size
+        history = [row[-size:] if len(row) <= size else row[-max(1, size // 2):] for row in history]
+        longest = max(map(len, history))
+        cache = KVCache(self.config, len(history), min(size, longest + left), device, self.lm_head.weight.dtype)
+        if any(len(row) < longest for row in history):
+            cache.pad = torch.tensor([longest - len(row) for row in history], device=device)
+        return history, cache, torch.tensor([[0] * (longest - len(row)) + row for row in history], device=device)
+
+    # -------------------------------------------------------------------------
+    # GPT-2's weights
+
+    @classmethod
+    def from_pretrained(cls, source: str, dropout: float = 0.0) -> 'GPT':
+        """GPT-2's weights from a local folder (config.json, model.safetensors or pytorch_model.bin) or a hub name such as gpt2-xl.
+
+        Raises ValueError if the source is not a GPT-2 or cannot be had.
+        """
+        folder = source if os.path.isdir(source) else _download_gpt2(source)
+        try:
+            with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+                hf = json.load(f)
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f'{folder}: no readable config.json ({error})') from None
+        if hf.get('model_type') != 'gpt2':
+            raise ValueError(f'{folder}: model_type is {hf.get("model_type")!r}, expected gpt2')
+        model = cls(GPTConfig(arch='gpt2', n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'], block_size=hf['n_positions'],
+                              vocab_size=hf['vocab_size'], n_ff=hf.get('n_inner'), dropout=dropout))
+        path = os.path.join(folder, 'model.safetensors')
+        if os.path.exists(path):
+            from safetensors.torch import load_file
+            weights = load_file(path)
+        elif os.path.exists(path := os.path.join(folder, 'pytorch_model.bin')):
+            weights = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            raise ValueError(f'{folder}: neither model.safetensors nor pytorch_model.bin is there')
+        own = model.state_dict()
+        for name, value in weights.items():
+            name = 'transformer.' + name.removeprefix('transformer.') if name != 'lm_head.weight' else name
+            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # old files carry the causal mask
+                continue
+            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):  # GPT-2's Conv1D keeps matrices transposed
+                value = value.t()
+            if name not in own or own[name].shape != value.shape:
+                raise ValueError(f'{path}: {name} {tuple(value.shape)} does not fit a GPT-2 of this config.json')
+            own.pop(name).copy_(value)
+        if left := set(own) - {'lm_head.weight', 'transformer.wte.weight'}:
+            raise ValueError(f'{path}: lacks {sorted(left)[0]}')
+        return model
+
+
+def _download_gpt2(name: str) -> str:
+    from huggingface_hub import snapshot_download
+    known = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+    if name not in known:
+        raise ValueError(f'{name}: neither a folder nor one of {", ".join(known)}')
+    try:
+        return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
+    except Exception as error:  # the hub's client raises many kinds; each means that there are no weights
+        raise ValueError(f'{name}: the weights could not be fetched ({type(error).__name__}); connect once, or name a local folder '
+                         'with config.json and model.safetensors') from None
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float, max_new_tokens: int = 1) -> None:
+    """Raises ValueError, with the option's name, for a value out of range."""
+    for ok, text in (
+        (temperature >= 0, f'temperature={temperature}: expected 0 (greedy) or more'),
+        (not top_k or top_k > 0, f'top_k={top_k}: expected 0 (off) or more'),
+        (not top_p or 0 < top_p <= 1, f'top_p={top_p}: expected a share from 0 (off) to 1'),
+        (repetition_penalty > 0, f'repetition_penalty={repetition_penalty}: expected more than 0 (1 is off)'),
+        (max_new_tokens >= 0, f'max_new_tokens={max_new_tokens}: expected 0 or more'),
+    ):
+        if not ok:
+            raise ValueError(text)
+
+
+def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """One token (B,) per row of logits (B, V): the one at which the cumulative probability passes `chance` (B,) in [0, 1).
+
+    One uniform number a token makes a sample a function of its row's dice alone, whatever device or batch it is drawn in.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    order = None
+    if top_k and top_k < logits.size(-1):
+        logits, order = logits.topk(top_k, dim=-1)  # sorted, so top_p below needs no sort of its own
+    elif top_p and top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True)
+    p = logits.softmax(dim=-1)
+    if top_p and top_p < 1:
+        p = torch.where(p.cumsum(dim=-1) - p < top_p, p, 0)  # the smallest set that reaches top_p (Holtzman et al. 2020)
+    total = p.cumsum(dim=-1)
+    at = torch.searchsorted(total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True).clamp(max=p.size(-1) - 1)
+    return (at if order is None else order.gather(1, at))[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized by Newton–Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for 2-D weights.
+
+    The update is scaled to the RMS that AdamW's has, 0.2 √max(rows, columns) (Liu et al. 2025, "Muon is Scalable"), so a
+    learning rate tuned for AdamW serves. A group's `rows` cuts a fused matrix (q, k, v) into those that are orthogonalized
+    each by itself. Matrices of one shape go through Newton–Schulz together: a few big products instead of many small.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, rows=[]))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        alike: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, bool, dict]]] = defaultdict(list)
+        for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            buffers = [self.state[p]['momentum_buffer'] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
+            updates = torch._foreach_lerp(grads, buffers, group['momentum'])  # Nesterov's
+            for p, update in zip(params, updates):
+                rows = group['rows'] or [p.size(0)]
+                for weight, part in zip(p.split(rows), update.split(rows)):
+                    wide = part.size(0) > part.size(1)  # turn tall ones so that products are of the smaller side
+                    alike[min(part.shape), max(part.shape)].append((weight, part.t() if wide else part, wide, group))
+        for (_, columns), items in alike.items():
+            updates = orthogonalize(torch.stack([part for _, part, _, _ in items]))
+            for (weight, _, wide, group), update in zip(items, updates):
+                weight.mul_(1 - group['lr'] * group['weight_decay'])
+                weight.add_(update.t() if wide else update, alpha=-group['lr'] * 0.2 * columns**0.5)
+
+
+def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of each matrix of x (N, rows ≤ columns) near 1: the quintic Newton–Schulz iteration of Muon."""
+    dtype = torch.bfloat16 if x.is_cuda else x.dtype
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(dtype)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for a device that this machine lacks."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count() or device.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError(f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no such device; use device=auto or device=cpu')
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere. Raises ValueError for a pair that cannot work."""
+    if name == 'auto':
+        bf16 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = 'bfloat16' if bf16 else 'float16' if device.type == 'cuda' else 'float32'
+    if name == 'float16' and device.type != 'cuda':
+        raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
+    return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]

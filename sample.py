@@ -1,0 +1,146 @@
+"""Write text with a trained model.
+
+    python sample.py --out_dir=out-darklyrics
+    python sample.py --out_dir=out-darklyrics --artist="Griddlemoth" --title="Ash in the Butter"
+    python sample.py --out_dir=out-darklyrics --start="The rain" --num_samples=5 --temperature=0.9
+    python sample.py --out_dir=out-darklyrics --interactive
+
+The first sample streams to the terminal while it is written; all samples are written as one batch, each with its own
+dice, so that sample i is the same whatever --num_samples is.
+"""
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import checkpoint
+from configurator import UserError, configure, run
+from dataset import song_head
+from model import GPT, check_sampling, pick_device, pick_dtype
+from tokenizer import GPT2Tokenizer, Tokenizer
+
+
+@dataclass
+class SampleConfig:
+    # Which model
+    out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
+    init_from: str = 'resume'  # resume: the model in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    # What to continue
+    start: str = ''  # the text to continue, or FILE:prompt.txt; '': the beginning of a new document
+    artist: str = ''  # for a model of lyrics: a song in the manner of this artist
+    album: str = ''  # … from an album of this name
+    title: str = ''  # … of this title; a year is left to the model
+    # How to write
+    num_samples: int = 3  # samples to write, as one batch
+    max_new_tokens: int = 500  # tokens in each, unless the document ends before
+    temperature: float = 0.8  # 1 as the model has it, lower is more careful, 0 always takes the likeliest
+    top_k: int | None = 200  # choose among the k likeliest tokens only; 0 is off
+    top_p: float | None = None  # choose among the likeliest tokens that together have this probability; 0 is off
+    repetition_penalty: float = 1.0  # above 1: tokens that already stand in the text become less likely
+    stop_at_end: bool = True  # stop where the model ends the document; False: go on with another one
+    seed: int = 1337  # sample i is drawn with seed + i
+    # How to show it
+    json: bool = False  # one JSON object a line and sample, and nothing else
+    interactive: bool = False  # ask for a start again and again
+    # Machine
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
+    compile: bool = False  # torch.compile the model: worth its minute for long texts only
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens)
+        if self.num_samples < 1:
+            raise ValueError(f'num_samples={self.num_samples}: expected at least 1')
+
+
+def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """The model, ready to write, and its tokenizer. Raises UserError."""
+    try:
+        device = pick_device(config.device)
+        if config.init_from == 'resume':
+            path = checkpoint.find(config.out_dir)
+            state = checkpoint.load(path)
+            model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)
+        else:
+            model, tokenizer = GPT.from_pretrained(config.init_from), GPT2Tokenizer()
+        if config.dtype == 'auto' and device.type == 'cpu':
+            # writing one token reads every weight once: half the bytes, twice the speed, if the processor multiplies bf16 itself
+            large = model.num_params() > 20_000_000 and torch.cpu._is_avx512_bf16_supported()
+            dtype = torch.bfloat16 if large else torch.float32
+        else:
+            dtype = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.to(device, dtype).eval()
+    if config.compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
+    return model, tokenizer
+
+
+def prompt_text(config: SampleConfig) -> str:
+    """The text that the knobs ask to continue. Raises UserError if a prompt file cannot be read."""
+    start = config.start
+    if start.startswith('FILE:'):
+        try:
+            with open(start[5:], encoding='utf-8') as f:
+                start = f.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'{start[5:]}: cannot be read as UTF-8 text ({error})') from None
+    return song_head(config.artist, config.album, '', config.title) + start
+
+
+def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Print `num_samples` continuations of the prompt, the first one as it comes."""
+    text = prompt_text(config)
+    prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins behind the end of another
+    prompt = prompt or tokenizer.encode('\n')
+    stream = model.generate([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+                            top_p=config.top_p, repetition_penalty=config.repetition_penalty, seed=config.seed, vocab_size=tokenizer.vocab_size,
+                            stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [])
+    rows: list[list[int]] = [[] for _ in range(config.num_samples)]
+    decode = tokenizer.stream_decoder()
+    if not config.json:
+        print(text, end='', flush=True)
+    for tokens in stream:
+        for row, token in zip(rows, tokens.tolist()):
+            if token >= 0:
+                row.append(token)
+        if not config.json and len(rows[0]) and tokens[0] >= 0 and tokens[0] != tokenizer.eot:
+            print(decode(int(tokens[0])), end='', flush=True)
+    if not config.json:
+        print()
+    for i, row in enumerate(rows):
+        ended = bool(row) and row[-1] == tokenizer.eot
+        written = tokenizer.decode(row[:-1] if ended else row)
+        if config.json:
+            print(json.dumps({'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended}, ensure_ascii=False))
+        elif i:
+            print(f'{"-" * 40}\n{text}{written}')
+
+
+def main() -> None:
+    config = configure(SampleConfig, description='Write text with a trained model.')
+    model, tokenizer = load_model(config)
+    if not config.interactive:
+        return write(model, tokenizer, config)
+    print('Type a start and Enter; an empty line begins from nothing; Ctrl-D ends.', file=sys.stderr)
+    while True:
+        try:
+            config = dataclasses.replace(config, start=input('> '), num_samples=1, seed=config.seed + 1)
+        except EOFError:
+            return print()
+        try:
+            write(model, tokenizer, config)
+        except UserError as error:  # a character the model does not know ends nothing
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:  # Ctrl-C ends this text, not the program
+            print()
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    run(main)

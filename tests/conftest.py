@@ -1,0 +1,58 @@
+"""What the tests share: a small dataset, a small trained model, and ways to run the scripts."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DEMO = ROOT / 'data' / 'darklyrics' / 'demo.jsonl'
+
+import torch  # noqa: E402
+
+from configurator import configure  # noqa: E402
+from dataset import split_text, write_dataset  # noqa: E402
+from tokenizer import CharTokenizer  # noqa: E402
+from train import TrainConfig, train  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def script(*words, cwd=ROOT, timeout=120, **env):
+    """Run one of our scripts as a user would; returns the finished process with its text output."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {k: str(v) for k, v in env.items()})
+
+
+def tiny(folder, out_dir, *more):
+    """A TrainConfig for a model that trains in a second or two."""
+    return configure(TrainConfig, [f'--dataset={folder}', f'--out_dir={out_dir}', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
+                                   '--gradient_accumulation_steps=1', '--learning_rate=1e-2', '--max_iters=20', '--warmup_iters=2', '--eval_interval=10', '--log_interval=5',
+                                   '--device=cpu', *map(str, more)])
+
+
+@pytest.fixture(scope='session')
+def demo_text():
+    """The words of the first fifty embedded songs."""
+    with open(DEMO, encoding='utf-8') as f:
+        return '\n\n'.join(json.loads(line)['lyrics'] for line, _ in zip(f, range(50)))
+
+
+@pytest.fixture(scope='session')
+def chars(tmp_path_factory, demo_text):
+    """A prepared character dataset of real verse."""
+    folder = tmp_path_factory.mktemp('chars')
+    tokenizer = CharTokenizer.train([demo_text])
+    write_dataset(str(folder), split_text([demo_text], len(demo_text), 0.1), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, chars):
+    """The out_dir of a model trained for a few steps on `chars`."""
+    out = tmp_path_factory.mktemp('trained')
+    train(tiny(chars, out, '--max_iters=60'))
+    return out

@@ -1,0 +1,136 @@
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from configurator import UserError, configure, given
+from tests.conftest import ROOT, script
+
+
+@dataclass
+class Knobs:
+    # How fast
+    rate: float = 1e-3  # how fast to learn
+    steps: int = 10  # how often
+    fast: bool = False  # hurry
+    # What
+    name: str = 'x'  # any text
+    limit: int | None = None  # None is no limit
+    kind: Literal['auto', 'a', 'b'] = 'auto'  # which
+    names: list[str] | None = None  # several
+    sizes: list[int] | None = None  # several numbers
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f'steps={self.steps}: expected 0 or more')
+
+
+@pytest.mark.parametrize('words, name, value', [
+    (['--rate=3'], 'rate', 3.0), (['--rate=1e-4'], 'rate', 1e-4), (['--steps=1e5'], 'steps', 100_000), (['--steps', '7'], 'steps', 7), (['--steps=1_000'], 'steps', 1000),
+    (['--fast'], 'fast', True), (['--fast', 'False'], 'fast', False), (['--fast=0'], 'fast', False), (['--name=a=b=c'], 'name', 'a=b=c'), (['--name='], 'name', ''),
+    (['--limit=None'], 'limit', None), (['--limit=5'], 'limit', 5), (['--kind=b'], 'kind', 'b'), (['--names=a b,c'], 'names', ['a b', 'c']),
+    (['--names=["a,b", "c"]'], 'names', ['a,b', 'c']), (['--sizes=[1, 2]'], 'sizes', [1, 2]), (['--sizes=1,2'], 'sizes', [1, 2]), (['--rate=-1'], 'rate', -1.0),
+    (['--rate', '-1'], 'rate', -1.0), (['--steps=5', '--steps=6'], 'steps', 6),
+])
+def test_values(words, name, value):
+    config = configure(Knobs, words)
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+    assert given(config) == {name}
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--step=5'], 'did you mean --steps?'), (['--rate=fast'], '--rate=fast: expected a number'), (['--steps=1.5'], 'expected a whole number'), (['--fast=maybe'], 'expected True or False'),
+    (['--kind=c'], 'one of auto, a, b'), (['--limit=x'], 'expected a whole number or None'), (['--steps'], '--steps needs a value'), (['--steps=-1'], 'steps=-1: expected 0 or more'),
+    (['nothing.py'], 'nothing.py: no such config file'), (['--sizes=[1,x]'], 'expected'), (['--rate=True'], 'expected a number'), (['--zzzzzz=1'], 'unknown knob --zzzzzz'),
+])
+def test_mistakes(words, message):
+    with pytest.raises(UserError) as error:
+        configure(Knobs, words)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_files_and_options_in_order(tmp_path):
+    py, js, yml = (tmp_path / f'c.{kind}' for kind in ('py', 'json', 'yaml'))
+    py.write_text('import time\nrate = 2 * 5e-4  # a comment\nsteps = steps * 2\nname = "ü"\n_helper = 3\n', encoding='utf-8')
+    js.write_text(json.dumps({'steps': 3, 'limit': None, 'names': ['a']}))
+    yml.write_text('steps: 4\nfast: true\n')
+    config = configure(Knobs, ['--steps=50', str(py)])
+    assert (config.rate, config.steps, config.name) == (1e-3, 100, 'ü') and given(config) == {'rate', 'steps', 'name'}
+    assert configure(Knobs, [str(py), str(js), str(yml)]).steps == 4
+    assert configure(Knobs, [str(yml), str(js), '--steps=9']).steps == 9
+    assert configure(Knobs, [str(js)]).names == ['a']
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('c.py', 'setps = 3\n', 'unknown knob setps; did you mean steps?'), ('c.py', 'steps = "many"\n', 'steps=many: expected a whole number'), ('c.py', 'steps = = 3\n', 'SyntaxError'),
+    ('c.py', 'steps = 1 / 0\n', 'ZeroDivisionError'), ('c.json', '[1]', 'expected one mapping'), ('c.json', '{', 'JSONDecodeError'), ('c.yaml', 'steps: {}', 'expected a whole number'),
+])
+def test_bad_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        configure(Knobs, [str(tmp_path / name)])
+    assert message in str(error.value) and name in str(error.value)
+
+
+def test_a_misspelt_file_gets_a_hint():
+    with pytest.raises(UserError, match='did you mean config/train_darklyrics.py'):
+        configure(Knobs, ['config/train_darklyric.py'])
+
+
+NANOGPT = """
+import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False # feel free to turn on
+wandb_run_name = 'ft-' + str(time.time())
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 5 * 8
+max_iters = 20
+lr_decay_iters = 600000
+weight_decay = 1e-1
+beta2 = 0.99
+backend = 'nccl'
+device = 'cpu'
+dtype = 'float16'
+compile = False
+min_lr = 1e-4
+decay_lr = False
+bias = False
+"""
+
+
+def test_nanogpt_names_are_known(tmp_path):
+    from train import TrainConfig
+    (tmp_path / 'c.py').write_text(NANOGPT)
+    config = configure(TrainConfig, [str(tmp_path / 'c.py')])
+    assert config.gradient_accumulation_steps == 40 and config.wandb_run_name.startswith('ft-') and config.eval_iters == 40
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.name)
+def test_our_configs_are_sound(path):
+    from train import TrainConfig
+    configure(TrainConfig, [str(path)])
+
+
+def test_sizes():
+    import torch
+
+    from model import GPT
+    from train import TrainConfig
+    for name, vocab_size, params in ('small', 1024, 1.6e6), ('default', 4096, 87e6), ('large', 16384, 350e6):
+        with torch.device('meta'):
+            n = GPT(configure(TrainConfig, [str(ROOT / f'config/{name}.py')]).model_config(vocab_size)).num_params()
+        assert abs(n / params - 1) < 0.01, (name, n)
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'data/text/prepare.py'])
+def test_help_and_exit_status(name):
+    shown = script(name, '--help')
+    assert shown.returncode == 0 and '--out_dir=' in shown.stdout or name == 'bench.py' and '--peer=' in shown.stdout
+    assert all('  ' in line.strip() for line in shown.stdout.splitlines() if line.startswith('  --')), 'each knob has its comment'
+    wrong = script(name, '--nonsense=1')
+    assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'unknown knob' in wrong.stderr and not wrong.stdout

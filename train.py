@@ -1,0 +1,602 @@
+"""Train a GPT: one file, read from top to bottom.
+
+    python train.py config/train_darklyrics.py
+    python train.py config/train_darklyrics.py --init_from=resume              (go on where it stopped)
+    torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2.py     (several processes or GPUs)
+
+Or from Python: `from train import TrainConfig, train; train(TrainConfig(dataset='darklyrics', max_iters=100))`.
+
+What a step does depends on the knobs, the seed and the step's number alone: batches and dropout are drawn from
+(seed, step), so there is no loader or dice to save, and a resumed run takes the very steps that the unbroken one would.
+"""
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, configure, given, run
+from dataset import Split, bytes_per_token, read_meta, read_tokenizer
+from model import GPT, GPTConfig, pick_device, pick_dtype
+from tokenizer import GPT2Tokenizer, Tokenizer, from_state
+
+
+@dataclass
+class TrainConfig:
+    # Where things are
+    out_dir: str = 'out'  # checkpoints, metrics.csv, train.log and config.json go here
+    dataset: str = 'openwebtext'  # a folder, or a name under data/
+    prepare: str = ''  # the script and options that make the dataset, if they are not data/<dataset>/prepare.py
+    init_from: str = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint to fine-tune
+    # Model (see model.py); None leaves it to arch
+    arch: Literal['modern', 'gpt2'] = 'modern'  # RoPE, RMSNorm, QK-norm, SwiGLU; or GPT-2 as it was
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width
+    block_size: int = 1024  # tokens of context
+    dropout: float = 0.0  # 0 is good for big data, 0.1 and more for small data seen many times
+    bias: bool = False  # biases in linear layers and LayerNorms
+    n_kv_head: int | None = None  # key and value heads (grouped-query attention); None: n_head
+    n_ff: int | None = None  # width inside the MLP
+    position: Literal['learned', 'rope', 'sinusoidal'] | None = None  # how the model knows where a token stands
+    norm: Literal['layernorm', 'rmsnorm'] | None = None  # which normalization
+    mlp: Literal['gelu', 'swiglu', 'relu2'] | None = None  # which MLP
+    qk_norm: bool | None = None  # normalize queries and keys
+    tie_weights: bool | None = None  # one matrix for embedding and head
+    # Batch
+    batch_size: int = 12  # windows a process works on at once
+    gradient_accumulation_steps: int = 5 * 8  # times batch_size: the windows of one step, shared among all processes
+    # Optimizer
+    optimizer: Literal['muon', 'adamw'] = 'muon'  # Muon for the blocks' matrices and AdamW for the rest, or AdamW for all
+    learning_rate: float = 6e-4  # the highest; Muon's update has AdamW's size, so one rate serves both
+    max_iters: int = 600000  # steps in all
+    weight_decay: float = 1e-1  # of matrices
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # the gradient's longest norm; 0 is off
+    # Learning rate over time
+    decay_lr: bool = True  # False: constant after the warm-up
+    lr_schedule: Literal['cosine', 'linear'] = 'cosine'  # cosine from the start, or constant and then straight down (a warm-down)
+    warmdown: float = 0.5  # for linear: the share of lr_decay_iters that goes down
+    warmup_iters: int = 2000  # steps of straight rise at the start
+    lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
+    min_lr: float | None = None  # the lowest; None: a tenth of learning_rate
+    # Watching
+    eval_interval: int = 2000  # steps between evaluations (and checkpoints)
+    eval_iters: int | None = None  # None: the whole validation split; N: about N batches of it, the same ones every time
+    eval_only: bool = False  # evaluate once and stop
+    log_interval: int = 10  # steps between log lines
+    sample_interval: int = 0  # steps between samples written into the log, taken at evaluations; 0 is off
+    sample_start: str = '\n'  # what those samples continue
+    wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
+    wandb_project: str = 'lyregpt'  # the project there
+    wandb_run_name: str | None = None  # the run's name there; None: out_dir
+    tensorboard_log: bool = False  # log to out_dir for TensorBoard (pip install tensorboard)
+    # Stopping and saving
+    patience: int = 0  # stop after this many evaluations without a better validation loss; 0 is off
+    target_val_loss: float | None = None  # stop once the validation loss is this low
+    always_save_checkpoint: bool = True  # False: at evaluations save ckpt.pt only when the validation loss improved
+    # Machine
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where the GPU has it, else float16; float32 on CPU
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
+    backend: str = 'auto'  # of torch.distributed: nccl or gloo
+    seed: int = 1337  # of initialization, data order and dropout
+
+    def __post_init__(self) -> None:
+        for names, ok, expected in (
+            ('batch_size gradient_accumulation_steps eval_interval log_interval', lambda v: v >= 1, 'at least 1'),
+            ('max_iters warmup_iters sample_interval patience weight_decay grad_clip', lambda v: v >= 0, '0 or more'),
+            ('learning_rate', lambda v: v > 0, 'more than 0'),
+            ('beta1 beta2', lambda v: 0 <= v < 1, 'from 0 to below 1'),
+            ('warmdown', lambda v: 0 <= v <= 1, 'a share from 0 to 1'),
+            ('eval_iters lr_decay_iters', lambda v: v is None or v >= 1, 'None or at least 1'),
+            ('min_lr', lambda v: v is None or v >= 0, 'None, or 0 or more'),
+        ):
+            for name in names.split():
+                if not ok(getattr(self, name)):
+                    raise ValueError(f'{name}={getattr(self, name)}: expected {expected}')
+        self.model_config(vocab_size=1)
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The model that these knobs describe. Raises ValueError if they contradict one another."""
+        return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)})
+
+
+MACHINE_KNOBS = ('init_from', 'out_dir', 'device', 'dtype', 'compile', 'backend', 'wandb_log', 'tensorboard_log', 'eval_only')
+METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as `config` says; returns step, val_loss, best_val_loss and the seconds spent in training steps alone.
+
+    Raises UserError for what the user can mend. Ctrl-C or SIGTERM saves a checkpoint and raises SystemExit 130 or 143.
+    """
+    # -------------------------------------------------------------------------
+    # Who are we: one process, or one of several that torchrun started
+    world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    main = rank == 0  # this one writes files and speaks
+    try:
+        device = pick_device(f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device)
+        dtype = pick_dtype(config.dtype, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if config.backend in ('auto', 'nccl') and device.type == 'cuda' else 'gloo' if config.backend in ('auto', 'nccl') else config.backend)
+
+    # -------------------------------------------------------------------------
+    # Where do we start: from nothing, from a checkpoint, from GPT-2
+    state: dict[str, Any] = {}
+    source = ''
+    if config.init_from == 'resume':
+        source = checkpoint.find(config.out_dir, best=False)
+        state = checkpoint.load(source)
+        config = resume_config(config, state, source)
+    elif config.init_from != 'scratch' and not config.init_from.startswith('gpt2'):
+        source = checkpoint.find(config.init_from)
+        state = checkpoint.load(source)
+    folder = prepared_folder(config, local_rank, world_size)
+    tokenizer = read_tokenizer(folder) if config.init_from == 'scratch' or read_meta(folder) else None
+    if state:
+        wanted = checkpoint.tokenizer_of(state)
+        if (tokenizer or GPT2Tokenizer()).state() != wanted.state():
+            raise UserError(f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
+                            f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}')
+        tokenizer = wanted
+    elif config.init_from.startswith('gpt2'):
+        if tokenizer is not None and tokenizer.kind != 'gpt2':
+            raise UserError(f'{folder} was prepared with a {tokenizer.kind} tokenizer, but {config.init_from} reads GPT-2\'s: prepare it with --tokenizer=gpt2')
+        tokenizer = tokenizer or GPT2Tokenizer()
+    assert tokenizer is not None
+
+    torch.manual_seed(config.seed)
+    try:
+        if state:
+            model = checkpoint.build_model(state, source, dropout=config.dropout)
+        elif config.init_from == 'scratch':
+            # a large vocabulary is rounded up to a multiple of 64: GPUs multiply such matrices faster; the spare ids are never drawn
+            size = tokenizer.vocab_size
+            model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
+        else:
+            model = GPT.from_pretrained(config.init_from, dropout=config.dropout)
+        if config.block_size < model.config.block_size and (config.init_from == 'scratch' or 'block_size' in given(config) or config.init_from == 'resume'):
+            model.crop_block_size(config.block_size)
+        for name, value in ((f.name, getattr(model.config, f.name)) for f in dataclasses.fields(GPTConfig)):
+            if config.init_from != 'scratch' and name in given(config) and name != 'dropout' and getattr(config, name) not in (value, None):
+                raise UserError(f'{name}={getattr(config, name)}, but {source or config.init_from} has {name}={value}: leave {name} out, or start from scratch')
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.to(device)
+    block_size = model.config.block_size
+
+    # -------------------------------------------------------------------------
+    # Data: this process's share of each step's windows
+    rows = config.batch_size * config.gradient_accumulation_steps  # windows a step, over all processes
+    if rows % world_size:
+        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows cannot be shared equally among {world_size} processes')
+    share = rows // world_size
+    micro = min(config.batch_size, share)
+    tokens_per_step = rows * block_size
+    train_split = Split(folder, 'train', block_size, model.config.vocab_size, config.seed)
+    val_split = Split(folder, 'val', block_size, model.config.vocab_size)
+    ratio = bytes_per_token(folder)
+    pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works on this one
+
+    def load_batch(step: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        arrays = train_split.batch(step * rows + rank * share + at, min(micro, share - at))
+        x, y = (torch.from_numpy(a) for a in arrays)
+        return (x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)) if device.type == 'cuda' else (x.to(device), y.to(device))
+
+    # -------------------------------------------------------------------------
+    # Optimizers and precision
+    optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    step, best_val_loss, bad_evals, last_eval, seconds_before = 0, math.inf, 0, -1, 0.0
+    if config.init_from == 'resume':
+        load_optimizers(optimizers, state['optimizer'], source)
+        scaler.load_state_dict(state.get('scaler', {})) if state.get('scaler') else None
+        step, best_val_loss = int(state['iter_num']), float(state['best_val_loss'])
+        bad_evals, last_eval, seconds_before = state.get('bad_evals', 0), state.get('last_eval', -1), state.get('seconds', 0.0)
+    del state
+    compiled, why = wants_compile(config.compile, device)
+    forward: Any = torch.compile(model) if compiled else model
+    if world_size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[local_rank] if device.type == 'cuda' else None)
+
+    # -------------------------------------------------------------------------
+    # What the outside sees: a log, a table of figures, checkpoints
+    log = Log(config, step, tokenizer) if main else None
+    say = log.say if log else lambda text: None
+    eval_rows = max(micro, 16384 // block_size)
+    windows = val_split.eval_windows(config.eval_iters and config.eval_iters * config.batch_size)
+    say(f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
+        f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}')
+    say(f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, all {config.max_iters:,} steps '
+        f'read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times; validation on {windows:,} of {val_split.eval_windows():,} windows')
+    say(f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
+        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}')
+    ceiling = matmul_ceiling(device, dtype)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """Mean loss in nats per token over the validation windows, each read once by one of the processes."""
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for x, y in val_split.eval_batches(eval_rows, windows, rank, world_size):
+            with autocast:
+                loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+            count = int((y >= 0).sum())
+            total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        model.train()
+        if world_size > 1:
+            total = total.to(device) if device.type == 'cuda' else total
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def save(name: str, **more: Any) -> None:
+        """Write out_dir/name. A full disk does not end a long run: it is said, and the last good file stays."""
+        try:
+            checkpoint.save(os.path.join(config.out_dir, name), {
+                'model': model.state_dict(), 'model_args': model.config.to_dict(), 'iter_num': step, 'best_val_loss': best_val_loss,
+                'config': dataclasses.asdict(config), 'tokenizer': tokenizer.state(), 'meta': {'bytes_per_token': ratio}, **more})
+            unsaved.pop(name, None)
+        except OSError as error:
+            unsaved[name] = str(error.strerror or error)
+            say(f'WARNING: {config.out_dir}/{name} could not be saved at step {step} ({unsaved[name]}); the last good one is kept. Make room: saving is tried again.')
+
+    def save_checkpoint() -> None:
+        if main:
+            save('ckpt.pt', optimizer={k: o.state_dict() for k, o in optimizers.items()}, scaler=scaler.state_dict(), bad_evals=bad_evals,
+                 last_eval=last_eval, seconds=seconds_before + time.perf_counter() - began, train_tokens=step * tokens_per_step)
+
+    unsaved: dict[str, str] = {}
+    if config.eval_only:
+        val_loss = evaluate()
+        say(f'validation loss {val_loss:.4f} nats per token' + (f', {val_loss / ratio / math.log(2):.4f} bits per byte' if ratio else ''))
+        if log:
+            log.close()
+        return {'step': step, 'val_loss': val_loss, 'best_val_loss': min(val_loss, best_val_loss), 'train_seconds': 0.0}
+
+    # -------------------------------------------------------------------------
+    # The loop
+    stop: dict[str, Any] = {'signal': None}
+    restore = catch_signals(stop)
+    bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), unit='step', dynamic_ncols=True, smoothing=0.05)
+    began = last_log = time.perf_counter()
+    train_seconds, val_loss, train_loss, outcome, told = 0.0, math.nan, math.nan, '', False
+    losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
+    grad_norm: Any = 0.0
+    model.train()
+    upcoming = pool.submit(load_batch, step, 0)
+    try:
+        while True:
+            # Evaluate, and save what we have
+            if step != last_eval and (step == config.max_iters or step > 0 and step % config.eval_interval == 0) and not stop['signal']:
+                val_loss, last_eval = evaluate(), step
+                better = val_loss < best_val_loss
+                best_val_loss, bad_evals = min(val_loss, best_val_loss), 0 if better else bad_evals + 1
+                if log:
+                    log.row(step=step, tokens=step * tokens_per_step, seconds=seconds_before + time.perf_counter() - began, val_loss=val_loss,
+                            val_bpb=val_loss / ratio / math.log(2) if ratio else None)
+                    say(f'step {step:,}: validation loss {val_loss:.4f}' + (f', {val_loss / ratio / math.log(2):.3f} bits per byte' if ratio else '')
+                        + (' (the best so far)' if better else f' (best {best_val_loss:.4f})'))
+                    if bad_evals >= 3 and not told and train_loss < best_val_loss:
+                        say(f'The validation loss has not improved for {bad_evals} evaluations while the training loss fell to {train_loss:.3f}: the model is '
+                            'learning this text by heart. best.pt keeps the best weights; more text, more dropout or a smaller model would help.')
+                        told = True
+                    if better:
+                        save('best.pt')
+                    if config.sample_interval and step % config.sample_interval == 0:
+                        say(write_sample(model, tokenizer, config.sample_start))
+                if better or config.always_save_checkpoint:
+                    save_checkpoint()
+                if config.target_val_loss is not None and val_loss <= config.target_val_loss:
+                    outcome = f'reached the target validation loss of {config.target_val_loss}'
+                elif config.patience and bad_evals >= config.patience:
+                    outcome = f'no better validation loss for {bad_evals} evaluations (patience)'
+                last_log = time.perf_counter()
+            if stop['signal'] or outcome or step >= config.max_iters:
+                break
+
+            # One step: forward and backward over this process's windows, then the update
+            started = time.perf_counter()
+            lr = learning_rate(config, step)
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group['lr'] = lr
+            if config.dropout:
+                torch.manual_seed((config.seed * 1_000_003 + step) * world_size + rank)  # dropout's dice, a function of the step
+            step_loss = torch.zeros((), device=device)
+            for at in range(0, share, micro):
+                x, y = upcoming.result()
+                last = at + micro >= share
+                upcoming = pool.submit(load_batch, step + last, 0 if last else at + micro)
+                with forward.no_sync() if world_size > 1 and not last else contextlib.nullcontext():
+                    with autocast:
+                        loss = forward(x, y) * (len(x) / share)
+                    scaler.scale(loss).backward()
+                step_loss += loss.detach()
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            if config.grad_clip:
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            losses.append(step_loss)
+            step += 1
+            bar.update(1)
+
+            # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
+            if step % config.log_interval == 0 or step == config.max_iters or (stop['signal'] and world_size == 1):
+                read = torch.stack(losses)
+                if world_size > 1:
+                    asked = torch.tensor([float(stop['signal'] or 0)], device=device)
+                    dist.all_reduce(asked, dist.ReduceOp.MAX)
+                    stop['signal'] = int(asked) or None
+                    dist.all_reduce(read, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
+                    read = read if device.type == 'cuda' else read / world_size
+                bad = (~read.isfinite()).nonzero()
+                if len(bad) or scaler.is_enabled() is False and not math.isfinite(float(grad_norm)):
+                    at = step - len(losses) + (int(bad[0]) + 1 if len(bad) else len(losses))
+                    raise UserError(f'the loss became {"NaN or infinite" if len(bad) else "too steep (an infinite gradient)"} at step {at}; {config.out_dir}/ckpt.pt '
+                                    f'keeps the last good state. Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32')
+                train_loss, steps = float(read.mean()), len(losses)
+                losses.clear()
+                now = time.perf_counter()
+                speed, last_log = steps * tokens_per_step / (now - last_log), now
+                mfu = speed / world_size * model.flops_per_token() / ceiling
+                if log:
+                    log.row(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - began, train_loss=train_loss, lr=lr,
+                            grad_norm=float(grad_norm) if config.grad_clip else None, tokens_per_second=round(speed), mfu=mfu)
+                    bar.set_postfix_str(f'loss {train_loss:.3f}, {speed:,.0f} tokens/s')
+                    if not bar.disable:
+                        log.say(f'step {step:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s', console=False)
+                    elif step % (10 * config.log_interval) == 0 or step <= 10 * config.log_interval:
+                        log.say(f'step {step:,}/{config.max_iters:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {100 * mfu:.0f}% of the '
+                                f'measured ceiling, {clock((config.max_iters - step) * tokens_per_step / speed)} left')
+            train_seconds += time.perf_counter() - started
+        if step != last_eval or config.always_save_checkpoint is False:
+            save_checkpoint()
+    finally:
+        bar.close()
+        restore()
+        pool.shutdown(cancel_futures=True)
+        if log and sys.exc_info()[0] is not None:
+            log.close()
+
+    # -------------------------------------------------------------------------
+    # The end
+    if outcome:
+        say(f'stopped at step {step:,}: {outcome}')
+    if log:
+        if unsaved:
+            log.close()
+            raise UserError('; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume')
+        if stop['signal']:
+            say(f'{signal.Signals(stop["signal"]).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
+        else:
+            say(f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
+                f'write with: python sample.py --out_dir={config.out_dir}')
+        log.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if stop['signal']:
+        sys.exit(128 + stop['signal'])
+    return {'step': step, 'val_loss': val_loss, 'best_val_loss': best_val_loss, 'train_seconds': train_seconds}
+
+
+# -----------------------------------------------------------------------------
+# The parts that the loop calls
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of the step that takes us from `step` to `step + 1` updates."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.lr_decay_iters or config.max_iters
+    low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    if config.lr_schedule == 'linear':
+        start = max(end * (1 - config.warmdown), config.warmup_iters)
+        left = min(1.0, (end - step) / max(1, end - start))
+        return low + (config.learning_rate - low) * max(0.0, left)
+    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return low + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - low)
+
+
+def prepared_folder(config: TrainConfig, local_rank: int, world_size: int) -> str:
+    """The dataset's folder, made first by its prepare.py if that works without network. Raises UserError that names the command."""
+    folder = config.dataset if os.path.isdir(config.dataset) else os.path.join('data', config.dataset)
+    script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
+    if not any(name.startswith('train') or '_train_' in name for name in (os.listdir(folder) if os.path.isdir(folder) else []) if name.endswith('.bin')):
+        command = shlex.join(['python', script, *options])
+        if not os.path.isfile(script):
+            raise UserError(f'dataset={config.dataset}: neither {folder}/train.bin nor {script} is there; data/text/prepare.py makes a dataset of your own files')
+        if local_rank == 0:
+            with open(script, encoding='utf-8') as f:
+                answers = 'offline:' in f.read()  # does it declare the knob that forbids downloads?
+            print(f'{folder} is not prepared yet: running {command}', flush=True)
+            if not answers or subprocess.run([sys.executable, script, *options, '--offline'], check=False).returncode:
+                raise UserError(f'{folder} is not prepared; prepare it first: {command}')
+    if world_size > 1:
+        dist.barrier()
+    return folder
+
+
+def resume_config(config: TrainConfig, state: dict[str, Any], path: str) -> TrainConfig:
+    """The checkpoint's knobs, but for those that the user set now and those of the machine."""
+    if 'optimizer' not in state or 'iter_num' not in state:
+        raise UserError(f'{path}: holds weights only, nothing to resume; fine-tune it with --init_from={path}')
+    names = {f.name for f in dataclasses.fields(TrainConfig)} - set(MACHINE_KNOBS) - given(config)
+    known = {k: v for k, v in state.get('config', {}).items() if k in names}
+    if 'param_groups' in state['optimizer']:  # nanoGPT's: one AdamW, and a model of GPT-2's kind
+        known |= {'optimizer': 'adamw', 'arch': 'gpt2'}
+    merged = dataclasses.replace(config, **known | {k: v for k, v in state['model_args'].items() if k in names})
+    object.__setattr__(merged, 'given', given(config))
+    return merged
+
+
+def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[str, Any], path: str) -> None:
+    """Put the saved states in. Positions cropped since then are cropped in the states too. Raises UserError if they are of other optimizers."""
+    saved = {'adamw': saved} if 'param_groups' in saved else saved
+    if saved.keys() != optimizers.keys():
+        raise UserError(f'{path}: was trained with {" and ".join(saved)}, now asked to go on with {" and ".join(optimizers)}: leave optimizer out')
+    for name, optimizer in optimizers.items():
+        try:
+            optimizer.load_state_dict(saved[name])
+        except (ValueError, KeyError) as error:
+            raise UserError(f'{path}: its optimizer state does not fit this model ({error})') from None
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                if torch.is_tensor(value) and value.dim() == p.dim() and value.dim() and value.size(0) > p.size(0):
+                    values[key] = value[:p.size(0)].clone()
+
+
+def wants_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
+    """Shall the model be compiled, and if that is not what was asked for, why not?"""
+    if choice is False or choice == 'auto' and device.type != 'cuda':
+        return False, ''
+    if device.type == 'cuda':
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return False, 'Triton is not installed'
+        return True, ''
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        get_cpp_compiler()
+    except Exception:  # InvalidCxxCompiler moves between modules from version to version
+        return False, 'no C++ compiler found'
+    return True, ''
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
+    n = 4096 if device.type == 'cuda' else 768
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+
+    def seconds(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            c = a @ b
+        float(c[0, 0])  # waits for the device
+        return time.perf_counter() - start
+    seconds(2)
+    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))
+
+
+def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200) -> str:
+    """A short text by the model as it is now; draws nothing from training's dice."""
+    known = ''.join(c for c in start if tokenizer.kind != 'char' or c in getattr(tokenizer, 'chars'))
+    prompt = tokenizer.encode(known) or [tokenizer.eot or 0]
+    ids = [int(t) for t in model.generate([prompt], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size)]
+    return '--- sample\n' + tokenizer.decode(prompt + ids) + '\n---'
+
+
+def catch_signals(stop: dict[str, Any]) -> Any:
+    """Let Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once. Returns what undoes this."""
+    def ask(number: int, frame: Any) -> None:
+        stop['signal'] = number
+        signal.signal(number, old[number])
+    try:
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread (some notebooks): signals are someone else's
+        return lambda: None
+    return lambda: [signal.signal(number, handler) for number, handler in old.items()]
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f'{hours}:{rest // 60:02d}:{rest % 60:02d}' if hours else f'{rest // 60:02d}:{rest % 60:02d}'
+
+
+class Log:
+    """train.log, metrics.csv and config.json in out_dir, the console, and wandb or TensorBoard when asked for.
+
+    On resume, rows that a killed run wrote after its last checkpoint are dropped from metrics.csv: the resumed run writes them again.
+    """
+
+    def __init__(self, config: TrainConfig, step: int, tokenizer: Tokenizer):
+        resuming = config.init_from == 'resume'
+        path = os.path.join(config.out_dir, 'metrics.csv')
+        try:
+            os.makedirs(config.out_dir, exist_ok=True)
+            kept = []
+            if resuming and os.path.exists(path):
+                with open(path, encoding='utf-8', newline='') as f:
+                    kept = [row for row in csv.DictReader(f) if (row['step'] or '').isdigit() and int(row['step']) <= step and row['mfu'] is not None]
+            with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
+                writer = csv.DictWriter(f, METRICS, extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(kept)
+            os.replace(path + '.tmp', path)
+            self.metrics = open(path, 'a', encoding='utf-8', newline='')
+            self.text = open(os.path.join(config.out_dir, 'train.log'), 'a' if resuming else 'w', encoding='utf-8')
+            with open(os.path.join(config.out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+                json.dump(dataclasses.asdict(config), f, indent=1)
+            tokenizer.save(os.path.join(config.out_dir, 'tokenizer.json'))
+        except OSError as error:
+            raise UserError(f'out_dir={config.out_dir}: cannot be written ({error.strerror})') from None
+        self.writer = csv.DictWriter(self.metrics, METRICS)
+        self.wandb = self.board = None
+        try:
+            if config.wandb_log:
+                import wandb
+                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir, config=dataclasses.asdict(config))
+            if config.tensorboard_log:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(config.out_dir)
+        except ImportError as error:
+            raise UserError(f'{error.name} is not installed: pip install {error.name}') from None
+
+    def say(self, text: str, console: bool = True) -> None:
+        """One line for the console and train.log. A full disk must not end the training: the console still has it."""
+        if console:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            self.text.write(text + '\n')
+            self.text.flush()
+
+    def row(self, **values: Any) -> None:
+        """One row of metrics.csv; fields without a figure stay empty."""
+        short = {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        with contextlib.suppress(OSError):
+            self.writer.writerow(short)
+            self.metrics.flush()
+        figures = {k: v for k, v in values.items() if v is not None and k != 'step'}
+        if self.wandb:
+            self.wandb.log(figures, step=values['step'])
+        if self.board:
+            for key, value in figures.items():
+                self.board.add_scalar(key, value, values['step'])
+
+    def close(self) -> None:
+        for closing in (self.metrics.close, self.text.close, self.board.close if self.board else None, self.wandb.finish if self.wandb else None):
+            if closing:
+                with contextlib.suppress(OSError):
+                    closing()
+
+
+if __name__ == '__main__':
+    run(lambda: train(configure(TrainConfig, description='Train a GPT.')))
