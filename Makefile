@@ -1,0 +1,35 @@
+# make demo: set up, train on the embedded lyrics, read what it writes.  make test: set up for development, run the tests.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-long install install-dev lint clean
+
+demo: install
+	$(BIN)/python data/darklyrics/prepare.py
+	$(BIN)/python train.py config/train_darklyrics.py
+	$(BIN)/python sample.py --out_dir=out-darklyrics
+
+test: install-dev
+	$(BIN)/python -m pytest -q
+
+test-long: install-dev
+	$(BIN)/python -m pytest -q -m long
+
+lint: install-dev
+	$(BIN)/ruff check .
+
+install: .venv/installed
+install-dev: .venv/installed-dev
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache out-* */__pycache__ __pycache__
+	rm -f data/*/*.bin data/*/meta.json data/*/meta.pkl

@@ -1,0 +1,125 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from configurator import UserError, configure
+from model import GPT, GPTConfig
+from sample import SampleConfig, load_model
+from tests.conftest import tiny
+from train import train
+
+
+def test_round_trip(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, {'model': model.state_dict(), 'model_args': model.config.to_dict(), 'iter_num': 3})
+    state = checkpoint.load(path)
+    assert state['iter_num'] == 3 and os.listdir(tmp_path) == ['ckpt.pt']
+    again = checkpoint.build_model(state, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.'])
+def test_prefixes_are_removed(tmp_path, prefix):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
+    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'model_args': model.config.to_dict()}, tmp_path / 'c.pt')
+    checkpoint.build_model(checkpoint.load(str(tmp_path / 'c.pt')), 'c.pt')
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / 'pwned'),))
+    for zipped in True, False:
+        torch.save({'model': {}, 'model_args': {}, 'x': Evil()}, tmp_path / 'c.pt', _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match='c.pt: refused'):
+            checkpoint.load(str(tmp_path / 'c.pt'))
+        assert not (tmp_path / 'pwned').exists()
+
+
+def test_damaged_and_foreign_files(trained, tmp_path):
+    whole = (trained / 'ckpt.pt').read_bytes()
+    path = tmp_path / 'c.pt'
+    for content in b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-10], b'PK\x03\x04' + whole[400:]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='c.pt: '):
+            checkpoint.load(str(path))
+    for foreign in [1, 2], {'weights': 1}, {'model': {}, 'model_args': None}:
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match='not a GPT checkpoint'):
+            checkpoint.load(str(path))
+    with pytest.raises(UserError, match='no such checkpoint'):
+        checkpoint.load(str(tmp_path / 'none.pt'))
+    state = checkpoint.load(str(trained / 'ckpt.pt'))
+    for change in {'n_embd': 64}, {'n_layer': 3}, {'n_layer': 1}, {'n_head': 5}, {'colour': 'red'}, {'vocab_size': 7}:
+        with pytest.raises(UserError, match='do not fit'):
+            checkpoint.build_model(state | {'model_args': state['model_args'] | change}, 'c.pt')
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='needs root on Linux to mount a small disk')
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', str(disk)], capture_output=True).returncode:
+        pytest.skip('mounting is not allowed here (no GPU, network or data would help)')
+    try:
+        path = str(disk / 'ckpt.pt')
+        checkpoint.save(path, {'model': {'w': torch.zeros(1000)}, 'model_args': {}})
+        with pytest.raises(OSError):
+            checkpoint.save(path, {'model': {'w': torch.zeros(100_000)}, 'model_args': {}})
+        assert os.listdir(disk) == ['ckpt.pt'] and checkpoint.load(path)['model']['w'].shape == (1000,)
+    finally:
+        subprocess.run(['umount', str(disk)])
+
+
+def test_out_dir_prefers_the_best(trained, tmp_path):
+    assert checkpoint.find(str(trained)).endswith('best.pt') and checkpoint.find(str(trained), best=False).endswith('ckpt.pt')
+    shutil.copy(trained / 'ckpt.pt', tmp_path)
+    assert checkpoint.find(str(tmp_path)).endswith('ckpt.pt') and checkpoint.find(str(tmp_path / 'ckpt.pt')) == str(tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='no such folder'):
+        checkpoint.find(str(tmp_path / 'none'))
+
+
+def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
+    train(tiny(chars, tmp_path, '--arch=gpt2', '--max_iters=2', '--bias=True'))
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert set(state['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(state)
+    assert {'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_proj.bias', 'lm_head.weight'} <= set(state['model'])
+
+
+def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
+    """What nanoGPT's train.py writes, built by the layout it documents: its seven model_args, one AdamW with two groups."""
+    from dataset import Split, read_tokenizer
+    torch.manual_seed(0)
+    vocab_size = read_tokenizer(str(chars)).vocab_size
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=vocab_size, dropout=0.0)
+    model = GPT(GPTConfig(**args))
+    params = dict(model.named_parameters())
+    adamw = torch.optim.AdamW([{'params': [p for p in params.values() if p.dim() >= 2], 'weight_decay': 0.1}, {'params': [p for p in params.values() if p.dim() < 2], 'weight_decay': 0.0}],
+                              lr=1e-3, betas=(0.9, 0.95), fused=True)
+    split = Split(str(chars), 'train', 32)
+    for step in range(steps):
+        x, y = map(torch.from_numpy, split.batch(step * 4, 4))
+        model(x, y).backward()
+        adamw.step()
+        adamw.zero_grad()
+    torch.save({'model': {('_orig_mod.' if compiled else '') + k: v for k, v in model.state_dict().items()}, 'optimizer': adamw.state_dict(), 'model_args': args, 'iter_num': steps,
+                'best_val_loss': torch.tensor(3.5), 'config': {'dataset': str(chars), 'batch_size': 4, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3, 'max_iters': 6,
+                                                              'device': 'cuda', 'compile': True, 'n_layer': 2, 'backend': 'nccl', 'weight_decay': 0.1}}, path)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_nanogpt_checkpoints_are_sampled_and_resumed(chars, tmp_path, compiled):
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', chars, compiled)
+    model, tokenizer = load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
+    assert tokenizer.decode(int(t) for t in model.generate([tokenizer.encode('the')], 5, vocab_size=tokenizer.vocab_size))
+    end = train(configure(__import__('train').TrainConfig, [f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6', '--device=cpu', '--warmup_iters=0']))
+    state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    assert end['step'] == 6 and state['config']['optimizer'] == 'adamw' and state['config']['batch_size'] == 4
+    assert int(next(iter(state['optimizer']['adamw']['state'].values()))['step']) == 6, 'its AdamW went on, it did not begin anew'

@@ -1,0 +1,275 @@
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from configurator import UserError, configure
+from tests.conftest import ROOT, script, tiny
+from train import METRICS, TrainConfig, learning_rate, train
+
+
+def weights(out):
+    return checkpoint.load(str(out / 'ckpt.pt'))['model']
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())
+
+
+def rows(out):
+    with open(out / 'metrics.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def command(folder, out, *more):
+    given = [f'--{name}={value}' for name, value in ((k, getattr(tiny(folder, out), k)) for k in tiny(folder, out).given)]
+    return ['train.py', *given, *more]
+
+
+def test_learns_and_leaves_its_files(chars, trained):
+    found = rows(trained)
+    assert list(found[0]) == list(METRICS)
+    losses = [float(r['train_loss']) for r in found if r['train_loss']]
+    vals = [float(r['val_loss']) for r in found if r['val_loss']]
+    assert losses[-1] < losses[0] - 0.5 and vals[-1] < vals[0] and len(vals) == 6
+    assert float(found[-1]['val_bpb']) == pytest.approx(vals[-1] / math.log(2), rel=0.05), 'a character of this text is a little over a byte'
+    assert {'ckpt.pt', 'best.pt', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json'} <= set(os.listdir(trained))
+    assert json.loads((trained / 'config.json').read_text())['n_layer'] == 2
+    assert 'validation loss' in (trained / 'train.log').read_text(encoding='utf-8')
+    assert configure(TrainConfig, [str(trained / 'config.json')]).n_embd == 32, 'the written config is a config file'
+
+
+def test_same_seed_same_numbers(chars, tmp_path):
+    train(tiny(chars, tmp_path / 'a', '--dropout=0.2'))
+    train(tiny(chars, tmp_path / 'b', '--dropout=0.2', '--eval_interval=7', '--sample_interval=7'))
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b')), 'the cadence of evaluation and samples does not change the training'
+    train(tiny(chars, tmp_path / 'c', '--dropout=0.2', '--seed=2'))
+    assert not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
+
+
+@pytest.mark.parametrize('more', [[], ['--optimizer=adamw', '--arch=gpt2', '--dropout=0.2'], ['--gradient_accumulation_steps=3', '--dropout=0.1', '--dtype=bfloat16']], ids=str)
+def test_resume_equals_the_unbroken_run(chars, tmp_path, more):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    train(tiny(chars, whole, '--lr_decay_iters=20', *more))
+    train(tiny(chars, parts, '--lr_decay_iters=20', '--max_iters=7', *more))
+    train(tiny(chars, parts, '--lr_decay_iters=20', '--max_iters=13', '--init_from=resume', *more))
+    end = train(configure(TrainConfig, [f'--out_dir={parts}', '--init_from=resume', '--max_iters=20', '--device=cpu', *[m for m in more if 'dtype' in m]]))
+    assert end['step'] == 20 and same(weights(whole), weights(parts))
+    a, b = ({k: v for k, v in checkpoint.load(str(p / 'ckpt.pt'))['optimizer'].items()} for p in (whole, parts))
+    assert all(torch.equal(x, y) for k in a for p in a[k]['state'] for x, y in zip(a[k]['state'][p].values(), b[k]['state'][p].values()))
+    steps = [(r['step'], r['val_loss'] != '') for r in rows(parts)]
+    assert len(steps) == len(set(steps)), 'no row twice'
+
+
+def test_kill_at_any_instant_then_resume(chars, tmp_path):
+    """kill -9 while it trains and saves; what is on disk always loads, and the end is the unbroken run's."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    settings = ['--max_iters=300', '--eval_interval=10', '--lr_decay_iters=300']
+    train(tiny(chars, whole, *settings))
+    for attempt in range(3):
+        resume = ['--init_from=resume'] if (killed / 'ckpt.pt').exists() else []
+        process = subprocess.Popen([sys.executable, *command(chars, killed, *settings, *resume)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] if resume else 0
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None:
+            if (killed / 'ckpt.pt').exists() and checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] > before:
+                time.sleep(0.05 * attempt)
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert 0 < checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] <= 300
+    train(tiny(chars, killed, *settings, '--init_from=resume'))
+    assert same(weights(whole), weights(killed))
+    logged = [(r['step'], r['val_loss'] != '') for r in rows(killed)]
+    assert logged == [(r['step'], r['val_loss'] != '') for r in rows(whole)], 'no row missing, none twice'
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_resumes(chars, tmp_path, number, status):
+    process = subprocess.Popen([sys.executable, *command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000')], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 10'):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == status and 'saved' in rest and '--init_from=resume' in rest
+    step = checkpoint.load(str(tmp_path / 'ckpt.pt'))['iter_num']
+    assert train(tiny(chars, tmp_path, '--init_from=resume', f'--max_iters={step + 5}'))['step'] == step + 5
+
+
+def test_two_processes_follow_the_same_curve(chars, tmp_path):
+    settings = ['--gradient_accumulation_steps=2', '--max_iters=30', '--log_interval=1', '--dtype=float32']
+    train(tiny(chars, tmp_path / 'one', *settings))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path / 'two', *settings)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (rows(tmp_path / name) for name in ('one', 'two'))
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        for key in 'train_loss', 'val_loss':
+            assert (a[key] == '') == (b[key] == '') and (a[key] == '' or abs(float(a[key]) - float(b[key])) < 1e-4 * float(a[key]))
+
+
+def test_a_batch_that_cannot_be_shared(chars, tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path, '--batch_size=3')],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode and 'train.py: error: batch_size × gradient_accumulation_steps = 3 windows cannot be shared equally among 2 processes' in done.stderr
+
+
+def test_fine_tuning_keeps_the_tokenizer(chars, trained, tmp_path):
+    end = train(tiny(chars, tmp_path / 'f', f'--init_from={trained}', '--max_iters=5', '--learning_rate=1e-4'))
+    assert end['val_loss'] < 3 and checkpoint.load(str(tmp_path / 'f' / 'ckpt.pt'))['tokenizer'] == checkpoint.load(str(trained / 'ckpt.pt'))['tokenizer']
+    other = tmp_path / 'other'
+    (tmp_path / 'a.txt').write_text('abc def ghi\n' * 500)
+    assert script('data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={other}', '--tokenizer=char').returncode == 0
+    with pytest.raises(UserError, match='another tokenizer.*--tokenizer=.*tokenizer.json'):
+        train(tiny(other, tmp_path / 'g', f'--init_from={trained}'))
+    assert script('data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={other}', f'--tokenizer={trained / "tokenizer.json"}').returncode == 0
+    train(tiny(other, tmp_path / 'g', f'--init_from={trained}', '--max_iters=2'))
+
+
+def test_gpt2_weights_refuse_other_tokens(chars, tmp_path):
+    with pytest.raises(UserError, match='prepare it with --tokenizer=gpt2'):
+        train(tiny(chars, tmp_path, '--init_from=gpt2'))
+
+
+def test_stopping(chars, tmp_path):
+    end = train(tiny(chars, tmp_path, '--max_iters=200', '--target_val_loss=3.2'))
+    assert end['step'] < 200 and end['val_loss'] <= 3.2
+    end = train(tiny(chars, tmp_path, '--max_iters=400', '--learning_rate=3e-2', '--eval_interval=10', '--patience=2', '--batch_size=1', '--lr_schedule=linear', '--decay_lr=False'))
+    assert end['step'] < 400 and 'patience' in (tmp_path / 'train.log').read_text(encoding='utf-8')
+    assert checkpoint.load(str(tmp_path / 'best.pt'))['best_val_loss'] == pytest.approx(end['best_val_loss']) and end['best_val_loss'] < end['val_loss']
+
+
+def test_nan_stops_and_keeps_the_last_good_state(chars, tmp_path):
+    with pytest.raises(UserError, match=r'the loss became .* at step \d+; .*keeps the last good state'):
+        train(tiny(chars, tmp_path, '--max_iters=2000', '--arch=gpt2', '--optimizer=adamw', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=40', '--eval_interval=1'))
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_evaluation_is_the_whole_split_by_any_cut(chars, trained, tmp_path):
+    results = {train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', f'--batch_size={b}'))['val_loss'] for b in (1, 3, 50)}
+    assert max(results) - min(results) < 1e-5
+    part = train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', '--eval_iters=2'))['val_loss']
+    assert part != min(results) and part == train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', '--eval_iters=2', '--seed=9'))['val_loss']
+
+
+def test_crop_then_resume(chars, tmp_path):
+    for arch in 'gpt2', 'modern':
+        train(tiny(chars, tmp_path / arch, f'--arch={arch}', '--max_iters=5'))
+        train(tiny(chars, tmp_path / arch, '--init_from=resume', '--block_size=16', '--max_iters=8'))
+        assert checkpoint.load(str(tmp_path / arch / 'ckpt.pt'))['model_args']['block_size'] == 16
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--n_layer=3'], 'n_layer=3, but'), (['--n_embd=64'], 'n_embd=64, but'), (['--block_size=64'], 'block_size=64, but'), (['--optimizer=adamw'], 'leave optimizer out'), (['--mlp=gelu'], 'mlp=gelu, but'),
+])
+def test_resuming_as_something_else(chars, trained, tmp_path, more, message):
+    shutil.copytree(trained, tmp_path / 't')
+    before = (tmp_path / 't' / 'ckpt.pt').read_bytes()
+    with pytest.raises(UserError, match=message):
+        train(tiny(chars, tmp_path / 't', '--init_from=resume', *more))
+    assert (tmp_path / 't' / 'ckpt.pt').read_bytes() == before
+
+
+def test_best_weights_cannot_be_resumed(chars, trained, tmp_path):
+    shutil.copy(trained / 'best.pt', tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='holds weights only'):
+        train(tiny(chars, tmp_path, '--init_from=resume'))
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--n_head=5'], 'n_head=5 does not divide n_embd=32'), (['--dropout=2'], 'dropout=2.0'), (['--device=cuda'], 'device=cuda: this machine'), (['--device=tpu'], 'device=tpu'),
+    (['--dataset=nowhere'], 'nowhere'), (['--init_from=nowhere'], 'nowhere: no such folder'), (['--init_from=resume'], 'no such checkpoint'), (['--batch_size=0'], 'batch_size=0'),
+    (['--block_size=100000'], 'fewer than one window'), (['--dtype=float16'], 'dtype=float16 needs a GPU'), (['--learning_rate=-1'], 'learning_rate=-1'), (['--out_dir=/proc/x'], 'cannot be written'),
+])
+def test_mistakes_get_one_line(chars, tmp_path, more, message):
+    if 'cuda' in str(more) and torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    done = script(*command(chars, tmp_path / 'out', *more))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert not list(tmp_path.glob('out/*.pt*'))
+
+
+def test_damaged_data_gets_one_line(chars, tmp_path):
+    for name, content, message in ('train.bin', b'123', 'odd size'), ('val.bin', b'', 'is empty'), ('train.bin', b'\xff\xff' * 2000, 'beyond the vocabulary'), ('meta.json', b'{', 'meta.json: not a description'):
+        folder = tmp_path / message.replace(' ', '-').replace(':', '')
+        shutil.copytree(chars, folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            train(tiny(folder, tmp_path / 'out'))
+
+
+def test_missing_data_is_prepared(tmp_path):
+    shutil.copytree(ROOT / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.*', 'input.txt', 'lyrics.jsonl'))
+    for name in ROOT.glob('*.py'):
+        shutil.copy(name, tmp_path)
+    done = script('train.py', '--dataset=darklyrics', '--eval_only', '--n_layer=1', '--n_embd=32', '--n_head=1', '--block_size=64', cwd=tmp_path)
+    assert done.returncode == 0 and 'running python data/darklyrics/prepare.py' in done.stdout and 'validation loss' in done.stdout, done.stderr
+    done = script('train.py', '--dataset=shakespeare_char', cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.strip().endswith('prepare it first: python data/shakespeare_char/prepare.py'), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='needs root on Linux to mount a small disk')
+def test_a_full_disk_does_not_end_the_training(chars, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=500k', 'tmpfs', str(disk)], capture_output=True).returncode:
+        pytest.skip('mounting is not allowed here (no GPU, network or data would help)')
+    try:
+        train(tiny(chars, disk))
+        (disk / 'filler').write_bytes(b'x' * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+        before = (disk / 'ckpt.pt').read_bytes()
+        done = script(*command(chars, disk, '--init_from=resume', '--max_iters=40'))
+        assert done.returncode == 2 and 'WARNING' in done.stdout and 'was not saved' in done.stderr and 'step 40' in done.stdout, done.stdout + done.stderr
+        assert (disk / 'ckpt.pt').read_bytes() == before, 'the last good one is still there'
+    finally:
+        subprocess.run(['umount', str(disk)])
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=100, min_lr=0.1)
+    rates = [learning_rate(config, s) for s in range(101)]
+    assert 0 < rates[0] < rates[9] < rates[10] == 1.0 and rates[100] == pytest.approx(0.1) and all(np.diff(rates[10:]) <= 0)
+    linear = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=100, min_lr=0.0, lr_schedule='linear', warmdown=0.5)
+    assert [learning_rate(linear, s) for s in (50, 75, 100)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(TrainConfig(warmup_iters=100, lr_decay_iters=100, max_iters=200), 150) > 0, 'no division by zero when warm-up equals decay'
+    assert learning_rate(TrainConfig(decay_lr=False, warmup_iters=0), 10**6) == 6e-4
+
+
+def test_compiled_training(chars, tmp_path):
+    if shutil.which('g++') is None and shutil.which('clang++') is None:
+        pytest.skip('no C++ compiler (no GPU either)')
+    train(tiny(chars, tmp_path / 'eager', '--max_iters=4', '--log_interval=1'))
+    train(tiny(chars, tmp_path / 'compiled', '--max_iters=4', '--log_interval=1', '--compile=True', '--n_layer=2'))
+    assert 'compiled' in (tmp_path / 'compiled' / 'train.log').read_text(encoding='utf-8')
+    a, b = ([float(r['train_loss']) for r in rows(tmp_path / name) if r['train_loss']] for name in ('eager', 'compiled'))
+    assert a == pytest.approx(b, rel=1e-3)
+    assert not any(k.startswith('_orig_mod') for k in torch.load(tmp_path / 'compiled' / 'ckpt.pt', weights_only=True)['model'])
+
+
+def test_no_compiler_falls_back(chars, tmp_path):
+    done = script(*command(chars, tmp_path, '--max_iters=2', '--compile=True'), PATH='/nonexistent', CXX='/nonexistent/g++')
+    assert done.returncode == 0 and 'eager (no C++ compiler found)' in done.stdout, done.stdout + done.stderr
+
+
+def test_tensorboard(chars, tmp_path):
+    pytest.importorskip('tensorboard')
+    train(tiny(chars, tmp_path, '--tensorboard_log', '--max_iters=5'))
+    assert any(name.startswith('events.out') for name in os.listdir(tmp_path))
+
+
+def test_from_python_without_the_command_line(chars, tmp_path):
+    end = train(TrainConfig(dataset=str(chars), out_dir=str(tmp_path), n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, gradient_accumulation_steps=1, max_iters=3, device='cpu'))
+    assert end['step'] == 3
