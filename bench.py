@@ -7,6 +7,7 @@
 Every figure comes from a process of its own. With --peer, ours and theirs run in turn (A B A B …) and the table gives
 medians, the range, and the ratio pair by pair: on a noisy machine the ratios hold where the seconds do not.
 """
+
 import json
 import os
 import re
@@ -15,13 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 from configurator import UserError, configure, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CPU_SIZE = ['--n_layer=4', '--n_head=4', '--n_embd=128', '--block_size=64', '--batch_size=12', '--dropout=0.0']  # nanoGPT's README, for a CPU
+CPU_SIZE = [
+    '--n_layer=4',
+    '--n_head=4',
+    '--n_embd=128',
+    '--block_size=64',
+    '--batch_size=12',
+    '--dropout=0.0',
+]  # nanoGPT's README, for a CPU
 
 
 @dataclass
@@ -57,8 +66,13 @@ print('\\n' + json.dumps(result | {'memory_mb': round(memory)}))
 """
     before = ''.join(f'{name} = {value!r}\n' for name, value in values.items())
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', f'import json, sys, time\nsys.path.insert(0, {cwd!r})\n{before}{code}{tail}'], cwd=cwd,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', f'import json, sys, time\nsys.path.insert(0, {cwd!r})\n{before}{code}{tail}'],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise UserError(f'a measured process failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]}')
     return json.loads(done.stdout.strip().splitlines()[-1]) | {'wall_s': time.perf_counter() - began}
@@ -73,7 +87,8 @@ with tempfile.TemporaryDirectory() as out:
     with open(os.path.join(out, 'metrics.csv')) as f:
         rows = [r for r in csv.DictReader(f) if r['tokens_per_second']]
 result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': statistics.median(float(r['tokens_per_second']) for r in rows),
-          'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows), 'first_step_s': time.time() - started - float(rows[-1]['seconds']) + float(rows[0]['seconds'])}
+          'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows),
+          'first_step_s': time.time() - started - float(rows[-1]['seconds']) + float(rows[0]['seconds'])}
 """
 
 OURS_SAMPLE = """
@@ -109,8 +124,18 @@ def peer_train(peer: str, data: str, device: str) -> dict[str, float]:
     """nanoGPT's README settings for a CPU, 2,000 iterations; its seconds without evaluations, and its loss by our whole-split measure."""
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        words = ['config/train_shakespeare_char.py', f'--device={device}', '--compile=False', '--eval_iters=20', '--log_interval=1', *CPU_SIZE,
-                 '--max_iters=2000', '--lr_decay_iters=2000', f'--dataset={data}', f'--out_dir={out}']
+        words = [
+            'config/train_shakespeare_char.py',
+            f'--device={device}',
+            '--compile=False',
+            '--eval_iters=20',
+            '--log_interval=1',
+            *CPU_SIZE,
+            '--max_iters=2000',
+            '--lr_decay_iters=2000',
+            f'--dataset={data}',
+            f'--out_dir={out}',
+        ]
         done = subprocess.run([sys.executable, 'train.py', *words], cwd=peer, capture_output=True, text=True, check=False)
         wall = time.perf_counter() - began
         if done.returncode:
@@ -119,9 +144,17 @@ def peer_train(peer: str, data: str, device: str) -> dict[str, float]:
         plain = [s for n, s in times.items() if n % 250]  # every 250th line holds an evaluation's time too
         seconds = sum(plain) + statistics.median(plain) * (len(times) - len(plain))
         own = float(re.findall(r'^step \d+: .* val loss ([\d.]+)', done.stdout, re.M)[-1])
-        loss = child(OURS_TRAIN.split('with tempfile')[0] + 'result = {k: v for k, v in train(configure(TrainConfig, words)).items() if k == "val_loss"}\n',
-                     words=[f'--init_from={os.path.join(out, "ckpt.pt")}', f'--dataset={data}', '--eval_only', f'--device={device}',
-                            f'--out_dir={os.path.join(out, "eval")}'])
+        loss = child(
+            OURS_TRAIN.split('with tempfile')[0]
+            + 'result = {k: v for k, v in train(configure(TrainConfig, words)).items() if k == "val_loss"}\n',
+            words=[
+                f'--init_from={os.path.join(out, "ckpt.pt")}',
+                f'--dataset={data}',
+                '--eval_only',
+                f'--device={device}',
+                f'--out_dir={os.path.join(out, "eval")}',
+            ],
+        )
     return {'train_s': seconds, 'wall_s': wall, 'val_loss': loss['val_loss'], 'own_estimate': own}
 
 
@@ -142,7 +175,10 @@ class Table:
     def show(self) -> None:
         print(f'\n{"figure":<34}{"ours: median (min–max)":>32}{"peer: median (min–max)":>32}{"ours/peer":>12}')
         for name, sides in self.figures.items():
-            cells = [f'{number(statistics.median(v))} ({number(min(v))}–{number(max(v))})' if (v := sides.get(side)) else '–' for side in ('ours', 'peer')]
+            cells = [
+                f'{number(statistics.median(v))} ({number(min(v))}–{number(max(v))})' if (v := sides.get(side)) else '–'
+                for side in ('ours', 'peer')
+            ]
             pairs = [a / b for a, b in zip(sides.get('ours', []), sides.get('peer', [])) if b]
             print(f'{name:<34}{cells[0]:>32}{cells[1]:>32}{f"{statistics.median(pairs):.3f}" if pairs else "–":>12}')
             if any(len(v) > 2 and max(v) > 1.5 * min(v) for v in sides.values()) and 'memory' not in name:
@@ -158,6 +194,7 @@ def main() -> None:
     import torch
 
     from model import pick_device
+
     try:
         device = str(pick_device(config.device))
     except ValueError as error:
@@ -170,13 +207,23 @@ def main() -> None:
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.rounds} round{"s" * (config.rounds > 1)}')
 
     if everything or config.mode in ('train', 'start'):
-        words = ['config/train_darklyrics.py', f'--device={device}', '--max_iters=30', '--log_interval=10', '--eval_iters=1', '--warmup_iters=2']
+        words = [
+            'config/train_darklyrics.py',
+            f'--device={device}',
+            '--max_iters=30',
+            '--log_interval=10',
+            '--eval_iters=1',
+            '--warmup_iters=2',
+        ]
         if config.mode == 'start':
             words = [w.replace('=30', '=1').replace('log_interval=10', 'log_interval=1') for w in words]
         table.measure('train', config.rounds, lambda: child(OURS_TRAIN, words=words), None)
     if everything or config.mode == 'sample':
-        sizes = {'small': dict(n_layer=4, n_head=5, n_embd=160, block_size=256, vocab_size=1024), 'default': dict(n_head=12, n_embd=768, n_layer=8),
-                 'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)}
+        sizes = {
+            'small': dict(n_layer=4, n_head=5, n_embd=160, block_size=256, vocab_size=1024),
+            'default': dict(n_head=12, n_embd=768, n_layer=8),
+            'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257),
+        }
         tokens = min(config.tokens, 100) if everything and not config.peer else config.tokens
         fast = 'bfloat16' if device == 'cpu' and torch.cpu._is_avx512_bf16_supported() or device.startswith('cuda') else 'float32'
         common = dict(shape=sizes[config.size] | {'bias': True}, device=device, tokens=tokens, prompt=[1])
@@ -185,19 +232,44 @@ def main() -> None:
             table.measure(f'sample {dtype}', config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, batch=1, **common), theirs(1))
     if config.mode == 'loss':
         with tempfile.TemporaryDirectory() as data:
-            made = subprocess.run([sys.executable, 'data/shakespeare_char/prepare.py', f'--out_dir={data}', f'--input={os.path.abspath(config.input) if config.input else ""}'],
-                                  cwd=HERE, capture_output=True, text=True, check=False)
+            made = subprocess.run(
+                [
+                    sys.executable,
+                    'data/shakespeare_char/prepare.py',
+                    f'--out_dir={data}',
+                    f'--input={os.path.abspath(config.input) if config.input else ""}',
+                ],
+                cwd=HERE,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if made.returncode:
                 raise UserError(made.stderr.strip())
-            words = ['config/train_shakespeare_char.py', f'--device={device}', *CPU_SIZE, '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20',
-                     '--learning_rate=1e-2', '--eval_interval=300', f'--target_val_loss={config.target}', f'--dataset={data}']
-            table.measure('loss', config.rounds, lambda: child(OURS_TRAIN, words=words), (lambda: peer_train(config.peer, data, device)) if config.peer else None)
+            words = [
+                'config/train_shakespeare_char.py',
+                'config/tiny.py',
+                f'--device={device}',
+                '--eval_interval=300',
+                f'--target_val_loss={config.target}',
+                f'--dataset={data}',
+            ]
+            table.measure(
+                'loss',
+                config.rounds,
+                lambda: child(OURS_TRAIN, words=words),
+                (lambda: peer_train(config.peer, data, device)) if config.peer else None,
+            )
         losses = table.figures['loss val_loss']['ours']
-        print(f'validation loss over the whole split ≤ {config.target}: reached in {sum(v <= config.target for v in losses)} of {len(losses)} runs')
+        print(
+            f'validation loss over the whole split ≤ {config.target}: reached in {sum(v <= config.target for v in losses)} of {len(losses)} runs'
+        )
     table.show()
     if config.json:
         with open(config.json, 'w', encoding='utf-8') as f:
-            json.dump({'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures}, f, indent=1)
+            json.dump(
+                {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures}, f, indent=1
+            )
 
 
 if __name__ == '__main__':

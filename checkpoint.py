@@ -4,6 +4,7 @@
 plain values and tensors with nanoGPT's keys (`model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss`, `config`) and ours
 (`tokenizer`, `meta`, and what the loop needs to go on). nanoGPT's own checkpoints load too.
 """
+
 import os
 import pickle
 from typing import Any
@@ -37,8 +38,11 @@ def save(path: str, state: dict[str, Any]) -> None:
     except Exception as error:
         if os.path.exists(part):
             os.remove(part)
-        if isinstance(error, RuntimeError):  # torch's zip writer hides the system's reason behind its own
-            raise OSError(f'writing stopped half-way ({str(error).splitlines()[0][:100]})') from error
+        reason: BaseException | None = error
+        while reason and not isinstance(reason, OSError):  # torch's zip writer hides the system's reason behind its own
+            reason = reason.__cause__ or reason.__context__
+        if reason or isinstance(error, RuntimeError):
+            raise reason or OSError(f'writing stopped half-way ({str(error).splitlines()[0][:100]})') from error
         raise
 
 
@@ -55,10 +59,14 @@ def load(path: str) -> dict[str, Any]:
         reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), 'not a checkpoint').strip()
         raise UserError(f'{path}: refused, because it holds more than weights and plain values, or is damaged ({reason[:120]})') from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ""})') from None
+        raise UserError(
+            f'{path}: damaged or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ""})'
+        ) from None
     if not isinstance(state, dict) or not isinstance(state.get('model'), dict) or not isinstance(state.get('model_args'), dict):
         raise UserError(f'{path}: not a GPT checkpoint (no model and model_args in it)')
-    state['model'] = {name.removeprefix('module.').removeprefix('_orig_mod.'): w for name, w in state['model'].items() if not name.endswith('.attn.bias')}
+    state['model'] = {
+        name.removeprefix('module.').removeprefix('_orig_mod.'): w for name, w in state['model'].items() if not name.endswith('.attn.bias')
+    }
     return state
 
 
@@ -103,6 +111,8 @@ def tokenizer_of(state: dict[str, Any], data_dir: str = 'data') -> Tokenizer:
     found = read_meta(folder).get('tokenizer') or {'kind': 'gpt2'}
     tokenizer = from_state(found)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f'the checkpoint holds no tokenizer, and the one of {folder} ({tokenizer.vocab_size} tokens) is not its own ({vocab_size}): '
-                        'put its dataset\'s meta.pkl or meta.json there')
+        raise UserError(
+            f'the checkpoint holds no tokenizer, and the one of {folder} ({tokenizer.vocab_size} tokens) is not its own ({vocab_size}): '
+            "put its dataset's meta.pkl or meta.json there"
+        )
     return tokenizer

@@ -6,6 +6,7 @@ Defaults < config files and options, in the order in which they stand; the last 
 assignments; it is run, so trust it as you would any script), or JSON or YAML (one flat mapping). Every value is checked
 against the field's type; the comment behind a field is its `--help`. What a user did wrong is a `UserError`.
 """
+
 import ast
 import dataclasses
 import difflib
@@ -17,8 +18,9 @@ import sys
 import tokenize
 import types
 import typing
+from collections.abc import Callable, Sequence
 from io import StringIO
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar('T')
 
@@ -101,14 +103,20 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
             found = json.loads(text)
         elif path.endswith(('.yaml', '.yml')):
             import yaml
+
             found = yaml.safe_load(text) or {}
         else:
             code = compile(text, path, 'exec')
             scope = {f.name: f.default for f in dataclasses.fields(knobs)} | so_far | {'__file__': path, '__name__': 'config'}
             exec(code, scope)
             stored = {i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL')}
-            found = {k: v for k, v in scope.items() if k in stored and not k.startswith('_') and (
-                k in types_ or not isinstance(v, (types.ModuleType, types.FunctionType, type)))}
+            found = {
+                k: v
+                for k, v in scope.items()
+                if k in stored
+                and not k.startswith('_')
+                and (k in types_ or not isinstance(v, (types.ModuleType, types.FunctionType, type)))
+            }
     except Exception as error:  # whatever the person's own file raises is told as their mistake
         raise UserError(f'{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}') from None
     if not isinstance(found, dict):
@@ -196,17 +204,18 @@ def _describe(kind: Any) -> str:
 def help_text(knobs: type, description: str = '') -> str:
     """What `--help` prints: each knob, its default and its comment, under the headings that stand alone as comments."""
     source = inspect.getsource(knobs)
-    comments = {t.start[0]: (t.string.lstrip('# ').rstrip(), t.line.lstrip().startswith('#'))
-                for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT}
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    ends = {n.end_lineno: n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    defaults = {f.name: f.default for f in dataclasses.fields(knobs)}
+    comments = {
+        t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT
+    }
     lines = [description.strip(), ''] if description else []
-    for number in range(2, max(ends) + 1):
-        comment, alone = comments.get(number, ('', False))
-        if number in ends:
-            default = str(defaults[ends[number]]).replace('\n', '\\n')
-            lines.append(f'  --{ends[number]}={default}'.ljust(36) + f'  {comment}')
-        elif alone:
-            lines.append(f'{comment}:')
+    defaults = {f.name: f.default for f in dataclasses.fields(knobs)}
+    for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        name = typing.cast(ast.Name, node.target).id
+        if heading := comments.get(node.lineno - 1) if source.splitlines()[node.lineno - 2].lstrip().startswith('#') else None:
+            lines.append(f'{heading}:')
+        comment = ' '.join(comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments)
+        default = str(defaults[name]).replace('\n', '\\n')
+        lines.append(f'  --{name}={default}'.ljust(36) + f'  {comment}')
     return '\n'.join(lines)

@@ -7,6 +7,7 @@ Reading has no state. The batch of step s is a pure function of (seed, s) and th
 windows at its own offset and visits every window once, in an order drawn from (seed, epoch) by a keyed permutation that
 needs no memory. So a resumed run, or one on more processes, sees the very same windows.
 """
+
 import codecs
 import glob
 import hashlib
@@ -14,7 +15,8 @@ import json
 import os
 import pickle
 import time
-from typing import Any, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +33,15 @@ U64 = np.uint64
 # -----------------------------------------------------------------------------
 # Writing
 
-def write_dataset(folder: str, pieces: Iterable[Piece], tokenizer: Tokenizer, total_bytes: int | None = None,
-                  source: str = '', need: tuple[str, ...] = ('train', 'val')) -> dict[str, Any]:
+
+def write_dataset(
+    folder: str,
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    total_bytes: int | None = None,
+    source: str = '',
+    need: tuple[str, ...] = ('train', 'val'),
+) -> dict[str, Any]:
     """Tokenize `pieces` into `folder`/{split}.bin and meta.json; returns the meta.
 
     Streams: memory does not grow with the corpus. The library behind the tokenizer uses all cores. Everything is written
@@ -73,9 +82,16 @@ def write_dataset(folder: str, pieces: Iterable[Piece], tokenizer: Tokenizer, to
             f.close()
         for split in need:
             if splits[split]['tokens'] < 2:
-                raise UserError(f'the {split} split came out empty: too little text in {source or "the input"}, or val_fraction is too small or too large')
-        meta = {'tokenizer': tokenizer.state(), 'vocab_size': tokenizer.vocab_size, 'splits': splits,
-                'source': source, 'prepared': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+                raise UserError(
+                    f'the {split} split came out empty: too little text in {source or "the input"}, or val_fraction is too small or too large'
+                )
+        meta = {
+            'tokenizer': tokenizer.state(),
+            'vocab_size': tokenizer.vocab_size,
+            'splits': splits,
+            'source': source,
+            'prepared': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        }
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's sample.py reads this one
             itos = dict(enumerate([*tokenizer.chars, *tokenizer.special]))
             with open(os.path.join(folder, 'meta.pkl.tmp'), 'wb') as f:
@@ -97,7 +113,9 @@ def write_dataset(folder: str, pieces: Iterable[Piece], tokenizer: Tokenizer, to
             os.remove(left)
     print(f'{folder}: {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}')
     for split in need:
-        print(f'  {split}.bin  {splits[split]["tokens"]:,} tokens from {splits[split]["documents"]:,} documents, {splits[split]["bytes"]:,} bytes of text')
+        print(
+            f'  {split}.bin  {splits[split]["tokens"]:,} tokens from {splits[split]["documents"]:,} documents, {splits[split]["bytes"]:,} bytes of text'
+        )
     return meta
 
 
@@ -109,6 +127,7 @@ def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
 
 # -----------------------------------------------------------------------------
 # Reading
+
 
 class Split:
     """One split of a dataset folder: `n_windows` windows of `block_size` + 1 tokens each.
@@ -130,8 +149,10 @@ class Split:
         self.first = np.cumsum([0, *counts])  # window numbers at which the shards begin
         self.n_windows = int(self.first[-1])
         if self.n_windows == 0 and name == 'train':
-            raise UserError(f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
-                            'use more text or a smaller --block_size')
+            raise UserError(
+                f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
+                'use more text or a smaller --block_size'
+            )
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows `first` … `first + count - 1` of the endless stream of windows: inputs and targets, (count, block_size) int64 each."""
@@ -148,7 +169,7 @@ class Split:
             data = self.shards[shard[i]]
             slack = min(self.block_size, len(data) - int(self.first[shard[i] + 1] - self.first[shard[i]]) * self.block_size)
             start = int(window[i] - self.first[shard[i]]) * self.block_size + int(offset[i]) % slack
-            tokens[i] = data[start:start + self.block_size + 1]
+            tokens[i] = data[start : start + self.block_size + 1]
         self.check_ids(tokens)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -160,7 +181,9 @@ class Split:
     def _eval_first(self) -> np.ndarray:
         return np.cumsum([0, *(-(-(len(s) - 1) // self.block_size) for s in self.shards)])
 
-    def eval_batches(self, batch_size: int, limit: int | None = None, rank: int = 0, world_size: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def eval_batches(
+        self, batch_size: int, limit: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The split from end to end in fixed windows, (≤ batch_size, block_size) a batch; targets past the end are -1.
 
         With `limit`, that many windows evenly spread over the split, the same ones every time. Ranks take every
@@ -169,21 +192,23 @@ class Split:
         first = self._eval_first()
         chosen = (np.arange(n := self.eval_windows(limit)) * first[-1] // n)[rank::world_size]
         for at in range(0, len(chosen), batch_size):
-            x = np.zeros((len(chosen[at:at + batch_size]), self.block_size), dtype=np.int64)
+            x = np.zeros((len(chosen[at : at + batch_size]), self.block_size), dtype=np.int64)
             y = np.full_like(x, -1)
-            for row, window in enumerate(chosen[at:at + batch_size]):
+            for row, window in enumerate(chosen[at : at + batch_size]):
                 shard = int(np.searchsorted(first, window, side='right')) - 1
                 start = int(window - first[shard]) * self.block_size
-                piece = self.shards[shard][start:start + self.block_size + 1].astype(np.int64)
-                x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
+                piece = self.shards[shard][start : start + self.block_size + 1].astype(np.int64)
+                x[row, : len(piece) - 1], y[row, : len(piece) - 1] = piece[:-1], piece[1:]
             self.check_ids(x, y)
             yield x, y
 
     def check_ids(self, *arrays: np.ndarray) -> None:
         """Raises UserError if an id lies beyond the vocabulary (a GPU would only say 'device-side assert')."""
         if (top := max(int(a.max()) for a in arrays)) >= self.vocab_size:
-            raise UserError(f'{self.paths[0]}: token id {top} is beyond the vocabulary of {self.vocab_size}: '
-                            'the file was prepared with another tokenizer; prepare it again')
+            raise UserError(
+                f'{self.paths[0]}: token id {top} is beyond the vocabulary of {self.vocab_size}: '
+                'the file was prepared with another tokenizer; prepare it again'
+            )
 
 
 def _open_tokens(path: str) -> np.ndarray:
@@ -249,6 +274,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # The folder's description
 
+
 class _NoCode(pickle.Unpickler):
     """Reads pickles of plain containers and values; any that wants a class or function is refused."""
 
@@ -273,14 +299,16 @@ def read_meta(folder: str) -> dict[str, Any]:
                 itos = _NoCode(f).load()['itos']
             symbols = [itos[i] for i in range(len(itos))]
             chars = ''.join(s for s in symbols if len(s) == 1)
-            state = {'kind': 'char', 'chars': chars, 'special': symbols[len(chars):]}
+            state = {'kind': 'char', 'chars': chars, 'special': symbols[len(chars) :]}
             if list(chars) + state['special'] != symbols:
                 raise UserError('special tokens stand before characters')
             return {'tokenizer': state, 'vocab_size': len(symbols), 'splits': {}}
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # a foreign file can fail anywhere in the reader
-        raise UserError(f'{path}: not a description of a dataset ({type(error).__name__}: {str(error)[:80]}); prepare the dataset again') from None
+        raise UserError(
+            f'{path}: not a description of a dataset ({type(error).__name__}: {str(error)[:80]}); prepare the dataset again'
+        ) from None
     return {}
 
 
@@ -297,6 +325,7 @@ def bytes_per_token(folder: str, split: str = 'val') -> float | None:
 
 # -----------------------------------------------------------------------------
 # What several prepare.py share
+
 
 def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
     """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
@@ -334,11 +363,15 @@ def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md',
         if os.path.isfile(path):
             found.append(path)
         elif os.path.isdir(path):
-            found += sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names if name.lower().endswith(suffixes))
+            found += sorted(
+                os.path.join(root, name) for root, _, names in os.walk(path) for name in names if name.lower().endswith(suffixes)
+            )
         else:
             raise UserError(f'{path}: no such file or folder')
     if not found:
-        raise UserError(f'{", ".join(paths) or "no input"}: no {", ".join(suffixes)} file to read; name files or folders with --input=a.txt,songs/')
+        raise UserError(
+            f'{", ".join(paths) or "no input"}: no {", ".join(suffixes)} file to read; name files or folders with --input=a.txt,songs/'
+        )
     return found
 
 
@@ -355,7 +388,9 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
     except LookupError:
         raise UserError(f'encoding={encoding}: Python knows no such encoding') from None
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: is not all {encoding} ({error.reason}); name its encoding, as in --encoding=cp1252, or save it as UTF-8') from None
+        raise UserError(
+            f'{path}: is not all {encoding} ({error.reason}); name its encoding, as in --encoding=cp1252, or save it as UTF-8'
+        ) from None
 
 
 def detect_encoding(path: str) -> str:
@@ -404,6 +439,7 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
+
     part = path + '.part'
     try:
         with requests.Session() as session:
@@ -414,8 +450,12 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
                     answer.raise_for_status()
                     have *= answer.status_code == 206  # else the server sends all of it again
                     left = int(answer.headers.get('Content-Length', 0))
-                    with open(part, 'ab' if have else 'wb') as f, tqdm(total=have + left or None, initial=have, unit='B', unit_scale=True,
-                                                                      desc=os.path.basename(path), disable=None) as bar:
+                    with (
+                        open(part, 'ab' if have else 'wb') as f,
+                        tqdm(
+                            total=have + left or None, initial=have, unit='B', unit_scale=True, desc=os.path.basename(path), disable=None
+                        ) as bar,
+                    ):
                         for chunk in answer.iter_content(1 << 16):
                             f.write(chunk)
                             bar.update(len(chunk))
@@ -423,7 +463,11 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
         raise UserError(f'{url} could not be fetched ({type(error).__name__}): {by_hand}') from None
     if sha256:
         with open(part, 'rb') as f:
-            if (digest := hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()) != sha256:
+            if (
+                digest := hashlib.file_digest(f, 'sha256').hexdigest()
+                if hasattr(hashlib, 'file_digest')
+                else hashlib.sha256(f.read()).hexdigest()
+            ) != sha256:
                 os.remove(part)
                 raise UserError(f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}')
     os.replace(part, path)

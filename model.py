@@ -7,12 +7,14 @@ Two presets, every part of which can be overridden:
 
 Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H, V the vocabulary.
 """
+
 import json
 import math
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -65,7 +67,11 @@ class GPTConfig:
             self.n_ff = 32 * math.ceil(self.n_embd * 8 / 3 / 32) if self.mlp == 'swiglu' else 4 * self.n_embd
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: expected a share from 0 to below 1')
-        for key, known in ('position', ('learned', 'rope', 'sinusoidal')), ('norm', ('layernorm', 'rmsnorm')), ('mlp', ('gelu', 'swiglu', 'relu2')):
+        for key, known in (
+            ('position', ('learned', 'rope', 'sinusoidal')),
+            ('norm', ('layernorm', 'rmsnorm')),
+            ('mlp', ('gelu', 'swiglu', 'relu2')),
+        ):
             if getattr(self, key) not in known:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(known)}')
         if self.position == 'rope' and self.n_embd // self.n_head % 2:
@@ -80,6 +86,7 @@ class GPTConfig:
 
 # -----------------------------------------------------------------------------
 # Blocks
+
 
 class LayerNorm(nn.Module):
     """LayerNorm whose bias can be left out."""
@@ -130,8 +137,8 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
         end = self.length + k.size(2)
-        self.data[layer, 0, :, :, self.length:end] = k
-        self.data[layer, 1, :, :, self.length:end] = v
+        self.data[layer, 0, :, :, self.length : end] = k
+        self.data[layer, 1, :, :, self.length : end] = v
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
 
 
@@ -148,8 +155,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if config.qk_norm else None for _ in 'qk')
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None,
-                cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
+    ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -161,8 +169,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T == k.size(2) > 1,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T == k.size(2) > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -195,8 +209,9 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None,
-                cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
+    ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), rope, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -220,14 +235,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             for start in range(0, x.size(0), chunk):
-                part, target = x[start:start + chunk].to(dtype), targets[start:start + chunk]
+                part, target = x[start : start + chunk].to(dtype), targets[start : start + chunk]
                 keep = (target >= 0).float()
                 log_p = F.log_softmax((part @ w.t()).float(), dim=-1)
                 target = target.clamp(min=0)[:, None]
                 loss -= log_p.gather(1, target)[:, 0] @ keep
                 if dx is not None and dw is not None:
                     grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(keep[:, None]).to(dtype)
-                    dx[start:start + chunk] = grad @ w
+                    dx[start : start + chunk] = grad @ w
                     dw += grad.t() @ part
         ctx.save_for_backward(*(() if dx is None else (dx, dw)))
         return loss
@@ -241,19 +256,22 @@ class LinearCrossEntropy(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # The model
 
+
 class GPT(nn.Module):
     """A decoder-only Transformer. `model(idx)` gives logits (B, T, V); `model(idx, targets)` the mean loss in nats per token."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            ln_f=make_norm(config, config.n_embd),
-        ))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                ln_f=make_norm(config, config.n_embd),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
@@ -308,7 +326,9 @@ class GPT(nn.Module):
         elif self.config.position == 'sinusoidal':
             x = x + self.positions[0, place].to(x.dtype)
         else:
-            table = self.positions[:, place].to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+            table = self.positions[:, place].to(
+                torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            )
             rope = (table[0], table[1]) if place.dim() == 1 else (table[0][:, None], table[1][:, None])
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -354,8 +374,9 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # Learning
 
-    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-                             optimizer: str = 'muon') -> dict[str, torch.optim.Optimizer]:
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], optimizer: str = 'muon'
+    ) -> dict[str, torch.optim.Optimizer]:
         """{'adamw': …} for all parameters, or {'adamw': …, 'muon': …} with the blocks' matrices under Muon.
 
         Norms and biases are not decayed; nor are the embeddings under Muon (Jordan et al. 2024 leave them to Adam).
@@ -374,19 +395,32 @@ class GPT(nn.Module):
                 groups['decay' if p.dim() >= 2 and optimizer != 'muon' else 'plain'].append(p)
         adamw = [{'params': groups['decay'], 'weight_decay': weight_decay}, {'params': groups['plain'], 'weight_decay': 0.0}]
         device = next(self.parameters()).device.type
-        made: dict[str, torch.optim.Optimizer] = {'adamw': torch.optim.AdamW(
-            [g for g in adamw if g['params']], lr=learning_rate, betas=betas, fused=device in ('cpu', 'cuda'))}
+        made: dict[str, torch.optim.Optimizer] = {
+            'adamw': torch.optim.AdamW([g for g in adamw if g['params']], lr=learning_rate, betas=betas, fused=device in ('cpu', 'cuda'))
+        }
         if matrices:
-            made['muon'] = Muon([{'params': ps, 'rows': list(rows)} for rows, ps in matrices.items()], lr=learning_rate, weight_decay=weight_decay)
+            made['muon'] = Muon(
+                [{'params': ps, 'rows': list(rows)} for rows, ps in matrices.items()], lr=learning_rate, weight_decay=weight_decay
+            )
         return made
 
     # -------------------------------------------------------------------------
     # Writing
 
     @torch.inference_mode()
-    def generate(self, prompts: torch.Tensor | Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-                 stop_tokens: Iterable[int] = (), seed: int = 1337, vocab_size: int | None = None) -> Iterator[torch.Tensor]:
+    def generate(
+        self,
+        prompts: torch.Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Iterable[int] = (),
+        seed: int = 1337,
+        vocab_size: int | None = None,
+    ) -> Iterator[torch.Tensor]:
         """Continue each prompt (token ids; lengths may differ), giving out one (B,) tensor of new ids at a time.
 
         A row that met a stop token gives that token, then -1s; when all have, the iterator ends. Row i draws from a
@@ -416,7 +450,9 @@ class GPT(nn.Module):
                     history, cache, new = self._prefill(history, max_new_tokens - step, device)
                 logits = self.lm_head(self.hidden(new, cache)[:, -1]).float()[:, :vocab_size]
                 if repetition_penalty != 1:
-                    logits = torch.where(seen[:, :vocab_size], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+                    logits = torch.where(
+                        seen[:, :vocab_size], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits
+                    )
                 if step % 64 == 0:
                     chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(device)  # one number a token: (B, 64)
                 tokens = draw(logits, chance[:, step % 64], temperature, top_k, top_p)
@@ -436,7 +472,7 @@ class GPT(nn.Module):
     def _prefill(self, history: list[list[int]], left: int, device: torch.device) -> tuple[list[list[int]], KVCache, torch.Tensor]:
         """The rows cut to the context (a full one to its later half), an empty cache with room for what comes, and the batch to read."""
         size = self.config.block_size
-        history = [row[-size:] if len(row) <= size else row[-max(1, size // 2):] for row in history]
+        history = [row[-size:] if len(row) <= size else row[-max(1, size // 2) :] for row in history]
         longest = max(map(len, history))
         cache = KVCache(self.config, len(history), min(size, longest + left), device, self.lm_head.weight.dtype)
         if any(len(row) < longest for row in history):
@@ -460,11 +496,22 @@ class GPT(nn.Module):
             raise ValueError(f'{folder}: no readable config.json ({error})') from None
         if hf.get('model_type') != 'gpt2':
             raise ValueError(f'{folder}: model_type is {hf.get("model_type")!r}, expected gpt2')
-        model = cls(GPTConfig(arch='gpt2', n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'], block_size=hf['n_positions'],
-                              vocab_size=hf['vocab_size'], n_ff=hf.get('n_inner'), dropout=dropout))
+        model = cls(
+            GPTConfig(
+                arch='gpt2',
+                n_layer=hf['n_layer'],
+                n_head=hf['n_head'],
+                n_embd=hf['n_embd'],
+                block_size=hf['n_positions'],
+                vocab_size=hf['vocab_size'],
+                n_ff=hf.get('n_inner'),
+                dropout=dropout,
+            )
+        )
         path = os.path.join(folder, 'model.safetensors')
         if os.path.exists(path):
             from safetensors.torch import load_file
+
             weights = load_file(path)
         elif os.path.exists(path := os.path.join(folder, 'pytorch_model.bin')):
             weights = torch.load(path, map_location='cpu', weights_only=True)
@@ -487,18 +534,22 @@ class GPT(nn.Module):
 
 def _download_gpt2(name: str) -> str:
     from huggingface_hub import snapshot_download
+
     known = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
     if name not in known:
         raise ValueError(f'{name}: neither a folder nor one of {", ".join(known)}')
     try:
         return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
     except Exception as error:  # the hub's client raises many kinds; each means that there are no weights
-        raise ValueError(f'{name}: the weights could not be fetched ({type(error).__name__}); connect once, or name a local folder '
-                         'with config.json and model.safetensors') from None
+        raise ValueError(
+            f'{name}: the weights could not be fetched ({type(error).__name__}); connect once, or name a local folder '
+            'with config.json and model.safetensors'
+        ) from None
 
 
 # -----------------------------------------------------------------------------
 # Sampling
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float, max_new_tokens: int = 1) -> None:
     """Raises ValueError, with the option's name, for a value out of range."""
@@ -530,12 +581,15 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
     if top_p and top_p < 1:
         p = torch.where(p.cumsum(dim=-1) - p < top_p, p, 0)  # the smallest set that reaches top_p (Holtzman et al. 2020)
     total = p.cumsum(dim=-1)
-    at = torch.searchsorted(total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True).clamp(max=p.size(-1) - 1)
+    at = torch.searchsorted(total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True).clamp(
+        max=p.size(-1) - 1
+    )
     return (at if order is None else order.gather(1, at))[:, 0]
 
 
 # -----------------------------------------------------------------------------
 # Muon
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized by Newton–Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for 2-D weights.
@@ -587,6 +641,7 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 # -----------------------------------------------------------------------------
 # The machine
 
+
 def pick_device(name: str) -> torch.device:
     """'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for a device that this machine lacks."""
     if name == 'auto':
@@ -595,8 +650,15 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count() or device.type == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError(f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no such device; use device=auto or device=cpu')
+    if (
+        device.type == 'cuda'
+        and (device.index or 0) >= torch.cuda.device_count()
+        or device.type == 'mps'
+        and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(
+            f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no such device; use device=auto or device=cpu'
+        )
     return device
 
 

@@ -8,6 +8,7 @@
 The first sample streams to the terminal while it is written; all samples are written as one batch, each with its own
 dice, so that sample i is the same whatever --num_samples is.
 """
+
 import dataclasses
 import json
 import os
@@ -48,7 +49,9 @@ class SampleConfig:
     interactive: bool = False  # ask for a start again and again
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
+        'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
+    )
     compile: bool = False  # torch.compile the model: worth its minute for long texts only
 
     def __post_init__(self) -> None:
@@ -98,9 +101,17 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     text = prompt_text(config)
     prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins behind the end of another
     prompt = prompt or tokenizer.encode('\n')
-    stream = model.generate([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                            top_p=config.top_p, repetition_penalty=config.repetition_penalty, seed=config.seed, vocab_size=tokenizer.vocab_size,
-                            stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [])
+    stream = model.generate(
+        [prompt] * config.num_samples,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
+        vocab_size=tokenizer.vocab_size,
+        stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [],
+    )
     rows: list[list[int]] = [[] for _ in range(config.num_samples)]
     decode = tokenizer.stream_decoder()
     if not config.json:
@@ -117,7 +128,12 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         ended = bool(row) and row[-1] == tokenizer.eot
         written = tokenizer.decode(row[:-1] if ended else row)
         if config.json:
-            print(json.dumps({'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended}, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended},
+                    ensure_ascii=False,
+                )
+            )
         elif i:
             print(f'{"-" * 40}\n{text}{written}')
 

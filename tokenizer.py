@@ -7,13 +7,16 @@
 A tokenizer is plain JSON (`state()`): the dataset's meta.json and the checkpoint both hold it, so a model never meets
 the wrong one. `--tokenizer=gpt2` needs no file of ours.
 """
+
 import argparse
 import codecs
+import functools
 import json
 import os
 import re
 import sys
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -117,8 +120,10 @@ class CharTokenizer(Tokenizer):
             if len(ids) and ids.min() < 0:
                 at = int(np.argmin(ids))
                 line = text.count('\n', 0, at) + 1
-                raise UserError(f'character {text[at]!r} (U+{ord(text[at]):04X}) at line {line}, column {at - text.rfind(chr(10), 0, at)} '
-                                f'is not among the {len(self.chars)} that this tokenizer knows: leave it out, or prepare the data with it')
+                raise UserError(
+                    f'character {text[at]!r} (U+{ord(text[at]):04X}) at line {line}, column {at - text.rfind(chr(10), 0, at)} '
+                    f'is not among the {len(self.chars)} that this tokenizer knows: leave it out, or prepare the data with it'
+                )
             out.append(ids)
         return out
 
@@ -137,6 +142,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, model: str, **normalization: bool):
         super().__init__(**normalization)
         from tokenizers import Tokenizer as Engine
+
         self._engine = Engine.from_str(model)
         self._engine.encode_special_tokens = True  # '<|endoftext|>' written in a song is text, not the song's end
         self.vocab_size = self._engine.get_vocab_size()
@@ -153,13 +159,22 @@ class BPETokenizer(Tokenizer):
         Fewer if the corpus is too small for more. Raises UserError below 257 and above 65,536 (ids are stored in 16 bits).
         """
         if not 257 <= vocab_size <= 65536:
-            raise UserError(f'vocab_size={vocab_size}: expected 257 (the 256 bytes and the document end) to 65536 (ids are stored in 16 bits)')
-        from tokenizers import Tokenizer as Engine, decoders, models, pre_tokenizers, trainers
+            raise UserError(
+                f'vocab_size={vocab_size}: expected 257 (the 256 bytes and the document end) to 65536 (ids are stored in 16 bits)'
+            )
+        from tokenizers import Tokenizer as Engine
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         engine.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], min_frequency=2, show_progress=False,
-                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOT],
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )
         normalizer = Tokenizer(**normalization)
         engine.train_from_iterator((normalizer.normalize(t) for t in texts), trainer)
         return cls(engine.to_str(), **normalization)
@@ -179,16 +194,20 @@ class GPT2Tokenizer(Tokenizer):
 
     kind = 'gpt2'
 
-    def __init__(self, **normalization: bool):
-        super().__init__(**normalization)
+    vocab_size, eot = 50257, 50256
+
+    @functools.cached_property
+    def _engine(self) -> Any:
         import requests
         import tiktoken
+
         try:
-            self._engine = tiktoken.get_encoding('gpt2')
+            return tiktoken.get_encoding('gpt2')
         except (requests.RequestException, OSError) as error:
-            raise UserError(f'GPT-2\'s tokenizer files could not be had ({type(error).__name__}): connect once, or point '
-                            'TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored them') from None
-        self.vocab_size, self.eot = self._engine.n_vocab, self._engine.eot_token
+            raise UserError(
+                f"GPT-2's tokenizer files could not be had ({type(error).__name__}): connect once, or point "
+                'TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored them'
+            ) from None
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._engine.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)]

@@ -9,6 +9,7 @@ Or from Python: `from train import TrainConfig, train; train(TrainConfig(dataset
 What a step does depends on the knobs, the seed and the step's number alone: batches and dropout are drawn from
 (seed, step), so there is no loader or dice to save, and a resumed run takes the very steps that the unbroken one would.
 """
+
 import contextlib
 import csv
 import dataclasses
@@ -30,9 +31,9 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
-from dataset import Split, bytes_per_token, read_meta, read_tokenizer
+from dataset import Split, bytes_per_token, read_tokenizer
 from model import GPT, GPTConfig, pick_device, pick_dtype
-from tokenizer import GPT2Tokenizer, Tokenizer, from_state
+from tokenizer import CharTokenizer, Tokenizer
 
 
 @dataclass
@@ -114,7 +115,9 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model that these knobs describe. Raises ValueError if they contradict one another."""
-        return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)})
+        return GPTConfig(
+            vocab_size=vocab_size, **{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)}
+        )
 
 
 MACHINE_KNOBS = ('init_from', 'out_dir', 'device', 'dtype', 'compile', 'backend', 'wandb_log', 'tensorboard_log', 'eval_only')
@@ -131,12 +134,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     main = rank == 0  # this one writes files and speaks
     try:
-        device = pick_device(f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device)
+        device = pick_device(
+            f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device
+        )
         dtype = pick_dtype(config.dtype, device)
     except ValueError as error:
         raise UserError(str(error)) from None
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if config.backend in ('auto', 'nccl') and device.type == 'cuda' else 'gloo' if config.backend in ('auto', 'nccl') else config.backend)
+        dist.init_process_group(
+            'nccl'
+            if config.backend in ('auto', 'nccl') and device.type == 'cuda'
+            else 'gloo'
+            if config.backend in ('auto', 'nccl')
+            else config.backend
+        )
 
     # -------------------------------------------------------------------------
     # Where do we start: from nothing, from a checkpoint, from GPT-2
@@ -150,18 +161,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         source = checkpoint.find(config.init_from)
         state = checkpoint.load(source)
     folder = prepared_folder(config, local_rank, world_size)
-    tokenizer = read_tokenizer(folder) if config.init_from == 'scratch' or read_meta(folder) else None
-    if state:
-        wanted = checkpoint.tokenizer_of(state)
-        if (tokenizer or GPT2Tokenizer()).state() != wanted.state():
-            raise UserError(f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
-                            f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}')
-        tokenizer = wanted
-    elif config.init_from.startswith('gpt2'):
-        if tokenizer is not None and tokenizer.kind != 'gpt2':
-            raise UserError(f'{folder} was prepared with a {tokenizer.kind} tokenizer, but {config.init_from} reads GPT-2\'s: prepare it with --tokenizer=gpt2')
-        tokenizer = tokenizer or GPT2Tokenizer()
-    assert tokenizer is not None
+    tokenizer = read_tokenizer(folder)
+    if state and tokenizer.state() != checkpoint.tokenizer_of(state).state():
+        raise UserError(
+            f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
+            f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}'
+        )
+    if config.init_from.startswith('gpt2') and not state and tokenizer.kind != 'gpt2':
+        raise UserError(f"{folder} has {tokenizer.kind} tokens, but {config.init_from} reads GPT-2's: prepare it with --tokenizer=gpt2")
 
     torch.manual_seed(config.seed)
     try:
@@ -173,11 +180,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
             model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
         else:
             model = GPT.from_pretrained(config.init_from, dropout=config.dropout)
-        if config.block_size < model.config.block_size and (config.init_from == 'scratch' or 'block_size' in given(config) or config.init_from == 'resume'):
+        if config.block_size < model.config.block_size and (
+            config.init_from == 'scratch' or 'block_size' in given(config) or config.init_from == 'resume'
+        ):
             model.crop_block_size(config.block_size)
         for name, value in ((f.name, getattr(model.config, f.name)) for f in dataclasses.fields(GPTConfig)):
             if config.init_from != 'scratch' and name in given(config) and name != 'dropout' and getattr(config, name) not in (value, None):
-                raise UserError(f'{name}={getattr(config, name)}, but {source or config.init_from} has {name}={value}: leave {name} out, or start from scratch')
+                raise UserError(
+                    f'{name}={getattr(config, name)}, but {source or config.init_from} has {name}={value}: leave {name} out, or start from scratch'
+                )
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(device)
@@ -199,7 +210,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     def load_batch(step: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         arrays = train_split.batch(step * rows + rank * share + at, min(micro, share - at))
         x, y = (torch.from_numpy(a) for a in arrays)
-        return (x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)) if device.type == 'cuda' else (x.to(device), y.to(device))
+        if device.type == 'cuda':  # from pinned memory the copy runs beside the GPU's work
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     # -------------------------------------------------------------------------
     # Optimizers and precision
@@ -226,12 +239,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     say = log.say if log else lambda text: None
     eval_rows = max(micro, 16384 // block_size)
     windows = val_split.eval_windows(config.eval_iters and config.eval_iters * config.batch_size)
-    say(f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
-        f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}')
-    say(f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, all {config.max_iters:,} steps '
-        f'read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times; validation on {windows:,} of {val_split.eval_windows():,} windows')
-    say(f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
-        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}')
+    say(
+        f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
+        f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}'
+    )
+    say(
+        f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, all {config.max_iters:,} steps '
+        f'read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times; validation on {windows:,} of {val_split.eval_windows():,} windows'
+    )
+    say(
+        f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
+        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}'
+    )
     ceiling = matmul_ceiling(device, dtype)
 
     @torch.no_grad()
@@ -252,19 +271,46 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def save(name: str, **more: Any) -> None:
         """Write out_dir/name. A full disk does not end a long run: it is said, and the last good file stays."""
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise UserError(went_wrong('weights', step))
         try:
-            checkpoint.save(os.path.join(config.out_dir, name), {
-                'model': model.state_dict(), 'model_args': model.config.to_dict(), 'iter_num': step, 'best_val_loss': best_val_loss,
-                'config': dataclasses.asdict(config), 'tokenizer': tokenizer.state(), 'meta': {'bytes_per_token': ratio}, **more})
+            checkpoint.save(
+                os.path.join(config.out_dir, name),
+                {
+                    'model': model.state_dict(),
+                    'model_args': model.config.to_dict(),
+                    'iter_num': step,
+                    'best_val_loss': best_val_loss,
+                    'config': dataclasses.asdict(config),
+                    'tokenizer': tokenizer.state(),
+                    'meta': {'bytes_per_token': ratio},
+                    **more,
+                },
+            )
             unsaved.pop(name, None)
         except OSError as error:
             unsaved[name] = str(error.strerror or error)
-            say(f'WARNING: {config.out_dir}/{name} could not be saved at step {step} ({unsaved[name]}); the last good one is kept. Make room: saving is tried again.')
+            say(
+                f'WARNING: {config.out_dir}/{name} could not be saved at step {step} ({unsaved[name]}); the last good one is kept. '
+                'Make room: saving is tried again.'
+            )
 
     def save_checkpoint() -> None:
         if main:
-            save('ckpt.pt', optimizer={k: o.state_dict() for k, o in optimizers.items()}, scaler=scaler.state_dict(), bad_evals=bad_evals,
-                 last_eval=last_eval, seconds=seconds_before + time.perf_counter() - began, train_tokens=step * tokens_per_step)
+            save(
+                'ckpt.pt',
+                optimizer={k: o.state_dict() for k, o in optimizers.items()},
+                scaler=scaler.state_dict(),
+                bad_evals=bad_evals,
+                last_eval=last_eval,
+                seconds=seconds_before + time.perf_counter() - began,
+            )
+
+    def went_wrong(what: str, at: int) -> str:
+        return (
+            f'the {what} became NaN or infinite at step {at}; {config.out_dir}/ckpt.pt keeps the last good state. '
+            f'Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32'
+        )
 
     unsaved: dict[str, str] = {}
     if config.eval_only:
@@ -278,7 +324,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # The loop
     stop: dict[str, Any] = {'signal': None}
     restore = catch_signals(stop)
-    bar = tqdm(total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), unit='step', dynamic_ncols=True, smoothing=0.05)
+    bar = tqdm(
+        total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), unit='step', dynamic_ncols=True, smoothing=0.05
+    )
     began = last_log = time.perf_counter()
     train_seconds, val_loss, train_loss, outcome, told = 0.0, math.nan, math.nan, '', False
     losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
@@ -293,13 +341,23 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 better = val_loss < best_val_loss
                 best_val_loss, bad_evals = min(val_loss, best_val_loss), 0 if better else bad_evals + 1
                 if log:
-                    log.row(step=step, tokens=step * tokens_per_step, seconds=seconds_before + time.perf_counter() - began, val_loss=val_loss,
-                            val_bpb=val_loss / ratio / math.log(2) if ratio else None)
-                    say(f'step {step:,}: validation loss {val_loss:.4f}' + (f', {val_loss / ratio / math.log(2):.3f} bits per byte' if ratio else '')
-                        + (' (the best so far)' if better else f' (best {best_val_loss:.4f})'))
+                    log.row(
+                        step=step,
+                        tokens=step * tokens_per_step,
+                        seconds=seconds_before + time.perf_counter() - began,
+                        val_loss=val_loss,
+                        val_bpb=val_loss / ratio / math.log(2) if ratio else None,
+                    )
+                    say(
+                        f'step {step:,}: validation loss {val_loss:.4f}'
+                        + (f', {val_loss / ratio / math.log(2):.3f} bits per byte' if ratio else '')
+                        + (' (the best so far)' if better else f' (best {best_val_loss:.4f})')
+                    )
                     if bad_evals >= 3 and not told and train_loss < best_val_loss:
-                        say(f'The validation loss has not improved for {bad_evals} evaluations while the training loss fell to {train_loss:.3f}: the model is '
-                            'learning this text by heart. best.pt keeps the best weights; more text, more dropout or a smaller model would help.')
+                        say(
+                            f'The validation loss has not improved for {bad_evals} evaluations while the training loss fell to {train_loss:.3f}: the model is '
+                            'learning this text by heart. best.pt keeps the best weights; more text, more dropout or a smaller model would help.'
+                        )
                         told = True
                     if better:
                         save('best.pt')
@@ -346,7 +404,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             bar.update(1)
 
             # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
-            if step % config.log_interval == 0 or step == config.max_iters or (stop['signal'] and world_size == 1):
+            ends = step % config.eval_interval == 0 or step == config.max_iters
+            if step % config.log_interval == 0 or ends or (stop['signal'] and world_size == 1):
                 read = torch.stack(losses)
                 if world_size > 1:
                     asked = torch.tensor([float(stop['signal'] or 0)], device=device)
@@ -354,25 +413,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     stop['signal'] = int(asked) or None
                     dist.all_reduce(read, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
                     read = read if device.type == 'cuda' else read / world_size
-                bad = (~read.isfinite()).nonzero()
-                if len(bad) or scaler.is_enabled() is False and not math.isfinite(float(grad_norm)):
-                    at = step - len(losses) + (int(bad[0]) + 1 if len(bad) else len(losses))
-                    raise UserError(f'the loss became {"NaN or infinite" if len(bad) else "too steep (an infinite gradient)"} at step {at}; {config.out_dir}/ckpt.pt '
-                                    f'keeps the last good state. Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32')
+                if len(bad := (~read.isfinite()).nonzero()):
+                    raise UserError(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
+                if not scaler.is_enabled() and not math.isfinite(float(grad_norm)):
+                    raise UserError(went_wrong('gradient', step))
                 train_loss, steps = float(read.mean()), len(losses)
                 losses.clear()
                 now = time.perf_counter()
                 speed, last_log = steps * tokens_per_step / (now - last_log), now
                 mfu = speed / world_size * model.flops_per_token() / ceiling
                 if log:
-                    log.row(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - began, train_loss=train_loss, lr=lr,
-                            grad_norm=float(grad_norm) if config.grad_clip else None, tokens_per_second=round(speed), mfu=mfu)
+                    log.row(
+                        step=step,
+                        tokens=step * tokens_per_step,
+                        seconds=seconds_before + now - began,
+                        train_loss=train_loss,
+                        lr=lr,
+                        grad_norm=float(grad_norm) if config.grad_clip else None,
+                        tokens_per_second=round(speed),
+                        mfu=mfu,
+                    )
                     bar.set_postfix_str(f'loss {train_loss:.3f}, {speed:,.0f} tokens/s')
                     if not bar.disable:
                         log.say(f'step {step:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s', console=False)
                     elif step % (10 * config.log_interval) == 0 or step <= 10 * config.log_interval:
-                        log.say(f'step {step:,}/{config.max_iters:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {100 * mfu:.0f}% of the '
-                                f'measured ceiling, {clock((config.max_iters - step) * tokens_per_step / speed)} left')
+                        log.say(
+                            f'step {step:,}/{config.max_iters:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {100 * mfu:.0f}% of the '
+                            f'measured ceiling, {clock((config.max_iters - step) * tokens_per_step / speed)} left'
+                        )
             train_seconds += time.perf_counter() - started
         if step != last_eval or config.always_save_checkpoint is False:
             save_checkpoint()
@@ -390,12 +458,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if log:
         if unsaved:
             log.close()
-            raise UserError('; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume')
+            raise UserError(
+                '; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume'
+            )
         if stop['signal']:
             say(f'{signal.Signals(stop["signal"]).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
         else:
-            say(f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
-                f'write with: python sample.py --out_dir={config.out_dir}')
+            say(
+                f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
+                f'write with: python sample.py --out_dir={config.out_dir}'
+            )
         log.close()
     if world_size > 1:
         dist.destroy_process_group()
@@ -406,6 +478,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 # -----------------------------------------------------------------------------
 # The parts that the loop calls
+
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of the step that takes us from `step` to `step + 1` updates."""
@@ -427,10 +500,16 @@ def prepared_folder(config: TrainConfig, local_rank: int, world_size: int) -> st
     """The dataset's folder, made first by its prepare.py if that works without network. Raises UserError that names the command."""
     folder = config.dataset if os.path.isdir(config.dataset) else os.path.join('data', config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
-    if not any(name.startswith('train') or '_train_' in name for name in (os.listdir(folder) if os.path.isdir(folder) else []) if name.endswith('.bin')):
+    if not any(
+        name.startswith('train') or '_train_' in name
+        for name in (os.listdir(folder) if os.path.isdir(folder) else [])
+        if name.endswith('.bin')
+    ):
         command = shlex.join(['python', script, *options])
         if not os.path.isfile(script):
-            raise UserError(f'dataset={config.dataset}: neither {folder}/train.bin nor {script} is there; data/text/prepare.py makes a dataset of your own files')
+            raise UserError(
+                f'dataset={config.dataset}: neither {folder}/train.bin nor {script} is there; data/text/prepare.py makes a dataset of your own files'
+            )
         if local_rank == 0:
             with open(script, encoding='utf-8') as f:
                 answers = 'offline:' in f.read()  # does it declare the knob that forbids downloads?
@@ -459,7 +538,9 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
     """Put the saved states in. Positions cropped since then are cropped in the states too. Raises UserError if they are of other optimizers."""
     saved = {'adamw': saved} if 'param_groups' in saved else saved
     if saved.keys() != optimizers.keys():
-        raise UserError(f'{path}: was trained with {" and ".join(saved)}, now asked to go on with {" and ".join(optimizers)}: leave optimizer out')
+        raise UserError(
+            f'{path}: was trained with {" and ".join(saved)}, now asked to go on with {" and ".join(optimizers)}: leave optimizer out'
+        )
     for name, optimizer in optimizers.items():
         try:
             optimizer.load_state_dict(saved[name])
@@ -468,7 +549,7 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
         for p, values in optimizer.state.items():
             for key, value in values.items():
                 if torch.is_tensor(value) and value.dim() == p.dim() and value.dim() and value.size(0) > p.size(0):
-                    values[key] = value[:p.size(0)].clone()
+                    values[key] = value[: p.size(0)].clone()
 
 
 def wants_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
@@ -483,6 +564,7 @@ def wants_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
         return True, ''
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
+
         get_cpp_compiler()
     except Exception:  # InvalidCxxCompiler moves between modules from version to version
         return False, 'no C++ compiler found'
@@ -500,13 +582,14 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             c = a @ b
         float(c[0, 0])  # waits for the device
         return time.perf_counter() - start
+
     seconds(2)
     return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))
 
 
 def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200) -> str:
     """A short text by the model as it is now; draws nothing from training's dice."""
-    known = ''.join(c for c in start if tokenizer.kind != 'char' or c in getattr(tokenizer, 'chars'))
+    known = ''.join(c for c in start if not isinstance(tokenizer, CharTokenizer) or c in tokenizer.chars)
     prompt = tokenizer.encode(known) or [tokenizer.eot or 0]
     ids = [int(t) for t in model.generate([prompt], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size)]
     return '--- sample\n' + tokenizer.decode(prompt + ids) + '\n---'
@@ -514,9 +597,11 @@ def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200
 
 def catch_signals(stop: dict[str, Any]) -> Any:
     """Let Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once. Returns what undoes this."""
+
     def ask(number: int, frame: Any) -> None:
         stop['signal'] = number
         signal.signal(number, old[number])
+
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread (some notebooks): signals are someone else's
@@ -544,7 +629,11 @@ class Log:
             kept = []
             if resuming and os.path.exists(path):
                 with open(path, encoding='utf-8', newline='') as f:
-                    kept = [row for row in csv.DictReader(f) if (row['step'] or '').isdigit() and int(row['step']) <= step and row['mfu'] is not None]
+                    kept = [
+                        row
+                        for row in csv.DictReader(f)
+                        if (row['step'] or '').isdigit() and int(row['step']) <= step and row['mfu'] is not None
+                    ]
             with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
                 writer = csv.DictWriter(f, METRICS, extrasaction='ignore')
                 writer.writeheader()
@@ -552,8 +641,9 @@ class Log:
             os.replace(path + '.tmp', path)
             self.metrics = open(path, 'a', encoding='utf-8', newline='')
             self.text = open(os.path.join(config.out_dir, 'train.log'), 'a' if resuming else 'w', encoding='utf-8')
-            with open(os.path.join(config.out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            with open(os.path.join(config.out_dir, 'config.json.tmp'), 'w', encoding='utf-8') as f:
                 json.dump(dataclasses.asdict(config), f, indent=1)
+            os.replace(os.path.join(config.out_dir, 'config.json.tmp'), os.path.join(config.out_dir, 'config.json'))
             tokenizer.save(os.path.join(config.out_dir, 'tokenizer.json'))
         except OSError as error:
             raise UserError(f'out_dir={config.out_dir}: cannot be written ({error.strerror})') from None
@@ -562,9 +652,13 @@ class Log:
         try:
             if config.wandb_log:
                 import wandb
-                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir, config=dataclasses.asdict(config))
+
+                self.wandb = wandb.init(
+                    project=config.wandb_project, name=config.wandb_run_name or config.out_dir, config=dataclasses.asdict(config)
+                )
             if config.tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(config.out_dir)
         except ImportError as error:
             raise UserError(f'{error.name} is not installed: pip install {error.name}') from None
@@ -592,7 +686,12 @@ class Log:
                 self.board.add_scalar(key, value, values['step'])
 
     def close(self) -> None:
-        for closing in (self.metrics.close, self.text.close, self.board.close if self.board else None, self.wandb.finish if self.wandb else None):
+        for closing in (
+            self.metrics.close,
+            self.text.close,
+            self.board.close if self.board else None,
+            self.wandb.finish if self.wandb else None,
+        ):
             if closing:
                 with contextlib.suppress(OSError):
                     closing()

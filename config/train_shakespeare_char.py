@@ -1,8 +1,8 @@
 # A character-level model of Tiny Shakespeare, nanoGPT's first example.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
-# On a CPU, smaller (about half a minute to nanoGPT's loss of 1.88):
-#   python train.py config/train_shakespeare_char.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --dropout=0 --learning_rate=1e-2 --max_iters=300 --warmup_iters=20
+# On a CPU, smaller (half a minute to nanoGPT's loss of 1.88):
+#   python train.py config/train_shakespeare_char.py config/tiny.py
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

@@ -1,4 +1,5 @@
 """What the tests share: a small dataset, a small trained model, and ways to run the scripts."""
+
 import json
 import os
 import subprocess
@@ -23,15 +24,38 @@ torch.set_num_threads(2)
 
 def script(*words, cwd=ROOT, timeout=120, **env):
     """Run one of our scripts as a user would; returns the finished process with its text output."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {k: str(v) for k, v in env.items()})
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {k: str(v) for k, v in env.items()},
+    )
 
 
 def tiny(folder, out_dir, *more):
     """A TrainConfig for a model that trains in a second or two."""
-    return configure(TrainConfig, [f'--dataset={folder}', f'--out_dir={out_dir}', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
-                                   '--gradient_accumulation_steps=1', '--learning_rate=1e-2', '--max_iters=20', '--warmup_iters=2', '--eval_interval=10', '--log_interval=5',
-                                   '--device=cpu', *map(str, more)])
+    return configure(
+        TrainConfig,
+        [
+            f'--dataset={folder}',
+            f'--out_dir={out_dir}',
+            '--n_layer=2',
+            '--n_head=2',
+            '--n_embd=32',
+            '--block_size=32',
+            '--batch_size=4',
+            '--gradient_accumulation_steps=1',
+            '--learning_rate=1e-2',
+            '--max_iters=20',
+            '--warmup_iters=2',
+            '--eval_interval=10',
+            '--log_interval=5',
+            '--device=cpu',
+            *map(str, more),
+        ],
+    )
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,9 @@ def test_a_short_round(tmp_path):
     assert figures['train tokens_per_s']['ours'][0] > 0 and figures['sample float32 memory_mb']['ours'][0] > 0
 
 
-@pytest.mark.parametrize('words, message', [(['--peer=nowhere'], 'not a nanoGPT checkout'), (['--rounds=0'], 'rounds=0'), (['--mode=fast'], 'one of all')])
+@pytest.mark.parametrize(
+    'words, message', [(['--peer=nowhere'], 'not a nanoGPT checkout'), (['--rounds=0'], 'rounds=0'), (['--mode=fast'], 'one of all')]
+)
 def test_mistakes(words, message):
     done = script('bench.py', *words)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1

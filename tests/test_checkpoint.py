@@ -35,6 +35,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / 'pwned'),))
+
     for zipped in True, False:
         torch.save({'model': {}, 'model_args': {}, 'x': Evil()}, tmp_path / 'c.pt', _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match='c.pt: refused'):
@@ -45,7 +46,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
 def test_damaged_and_foreign_files(trained, tmp_path):
     whole = (trained / 'ckpt.pt').read_bytes()
     path = tmp_path / 'c.pt'
-    for content in b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-10], b'PK\x03\x04' + whole[400:]:
+    for content in b'', b'hello', whole[:100], whole[: len(whole) // 2], whole[:-10], b'PK\x03\x04' + whole[400:]:
         path.write_bytes(content)
         with pytest.raises(UserError, match='c.pt: '):
             checkpoint.load(str(path))
@@ -90,28 +91,61 @@ def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert set(state['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(state)
-    assert {'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_proj.bias', 'lm_head.weight'} <= set(state['model'])
+    assert {
+        'transformer.wte.weight',
+        'transformer.wpe.weight',
+        'transformer.h.0.attn.c_attn.weight',
+        'transformer.h.1.mlp.c_proj.bias',
+        'lm_head.weight',
+    } <= set(state['model'])
 
 
 def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
     """What nanoGPT's train.py writes, built by the layout it documents: its seven model_args, one AdamW with two groups."""
     from dataset import Split, read_tokenizer
+
     torch.manual_seed(0)
     vocab_size = read_tokenizer(str(chars)).vocab_size
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=vocab_size, dropout=0.0)
     model = GPT(GPTConfig(**args))
     params = dict(model.named_parameters())
-    adamw = torch.optim.AdamW([{'params': [p for p in params.values() if p.dim() >= 2], 'weight_decay': 0.1}, {'params': [p for p in params.values() if p.dim() < 2], 'weight_decay': 0.0}],
-                              lr=1e-3, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(
+        [
+            {'params': [p for p in params.values() if p.dim() >= 2], 'weight_decay': 0.1},
+            {'params': [p for p in params.values() if p.dim() < 2], 'weight_decay': 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     split = Split(str(chars), 'train', 32)
     for step in range(steps):
         x, y = map(torch.from_numpy, split.batch(step * 4, 4))
         model(x, y).backward()
         adamw.step()
         adamw.zero_grad()
-    torch.save({'model': {('_orig_mod.' if compiled else '') + k: v for k, v in model.state_dict().items()}, 'optimizer': adamw.state_dict(), 'model_args': args, 'iter_num': steps,
-                'best_val_loss': torch.tensor(3.5), 'config': {'dataset': str(chars), 'batch_size': 4, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3, 'max_iters': 6,
-                                                              'device': 'cuda', 'compile': True, 'n_layer': 2, 'backend': 'nccl', 'weight_decay': 0.1}}, path)
+    torch.save(
+        {
+            'model': {('_orig_mod.' if compiled else '') + k: v for k, v in model.state_dict().items()},
+            'optimizer': adamw.state_dict(),
+            'model_args': args,
+            'iter_num': steps,
+            'best_val_loss': torch.tensor(3.5),
+            'config': {
+                'dataset': str(chars),
+                'batch_size': 4,
+                'gradient_accumulation_steps': 1,
+                'learning_rate': 1e-3,
+                'max_iters': 6,
+                'device': 'cuda',
+                'compile': True,
+                'n_layer': 2,
+                'backend': 'nccl',
+                'weight_decay': 0.1,
+            },
+        },
+        path,
+    )
 
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -119,7 +153,12 @@ def test_nanogpt_checkpoints_are_sampled_and_resumed(chars, tmp_path, compiled):
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', chars, compiled)
     model, tokenizer = load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
     assert tokenizer.decode(int(t) for t in model.generate([tokenizer.encode('the')], 5, vocab_size=tokenizer.vocab_size))
-    end = train(configure(__import__('train').TrainConfig, [f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6', '--device=cpu', '--warmup_iters=0']))
+    end = train(
+        configure(
+            __import__('train').TrainConfig,
+            [f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6', '--device=cpu', '--warmup_iters=0'],
+        )
+    )
     state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
     assert end['step'] == 6 and state['config']['optimizer'] == 'adamw' and state['config']['batch_size'] == 4
     assert int(next(iter(state['optimizer']['adamw']['state'].values()))['step']) == 6, 'its AdamW went on, it did not begin anew'

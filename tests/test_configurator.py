@@ -26,24 +26,54 @@ class Knobs:
             raise ValueError(f'steps={self.steps}: expected 0 or more')
 
 
-@pytest.mark.parametrize('words, name, value', [
-    (['--rate=3'], 'rate', 3.0), (['--rate=1e-4'], 'rate', 1e-4), (['--steps=1e5'], 'steps', 100_000), (['--steps', '7'], 'steps', 7), (['--steps=1_000'], 'steps', 1000),
-    (['--fast'], 'fast', True), (['--fast', 'False'], 'fast', False), (['--fast=0'], 'fast', False), (['--name=a=b=c'], 'name', 'a=b=c'), (['--name='], 'name', ''),
-    (['--limit=None'], 'limit', None), (['--limit=5'], 'limit', 5), (['--kind=b'], 'kind', 'b'), (['--names=a b,c'], 'names', ['a b', 'c']),
-    (['--names=["a,b", "c"]'], 'names', ['a,b', 'c']), (['--sizes=[1, 2]'], 'sizes', [1, 2]), (['--sizes=1,2'], 'sizes', [1, 2]), (['--rate=-1'], 'rate', -1.0),
-    (['--rate', '-1'], 'rate', -1.0), (['--steps=5', '--steps=6'], 'steps', 6),
-])
+@pytest.mark.parametrize(
+    'words, name, value',
+    [
+        (['--rate=3'], 'rate', 3.0),
+        (['--rate=1e-4'], 'rate', 1e-4),
+        (['--steps=1e5'], 'steps', 100_000),
+        (['--steps', '7'], 'steps', 7),
+        (['--steps=1_000'], 'steps', 1000),
+        (['--fast'], 'fast', True),
+        (['--fast', 'False'], 'fast', False),
+        (['--fast=0'], 'fast', False),
+        (['--name=a=b=c'], 'name', 'a=b=c'),
+        (['--name='], 'name', ''),
+        (['--limit=None'], 'limit', None),
+        (['--limit=5'], 'limit', 5),
+        (['--kind=b'], 'kind', 'b'),
+        (['--names=a b,c'], 'names', ['a b', 'c']),
+        (['--names=["a,b", "c"]'], 'names', ['a,b', 'c']),
+        (['--sizes=[1, 2]'], 'sizes', [1, 2]),
+        (['--sizes=1,2'], 'sizes', [1, 2]),
+        (['--rate=-1'], 'rate', -1.0),
+        (['--rate', '-1'], 'rate', -1.0),
+        (['--steps=5', '--steps=6'], 'steps', 6),
+    ],
+)
 def test_values(words, name, value):
     config = configure(Knobs, words)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
     assert given(config) == {name}
 
 
-@pytest.mark.parametrize('words, message', [
-    (['--step=5'], 'did you mean --steps?'), (['--rate=fast'], '--rate=fast: expected a number'), (['--steps=1.5'], 'expected a whole number'), (['--fast=maybe'], 'expected True or False'),
-    (['--kind=c'], 'one of auto, a, b'), (['--limit=x'], 'expected a whole number or None'), (['--steps'], '--steps needs a value'), (['--steps=-1'], 'steps=-1: expected 0 or more'),
-    (['nothing.py'], 'nothing.py: no such config file'), (['--sizes=[1,x]'], 'expected'), (['--rate=True'], 'expected a number'), (['--zzzzzz=1'], 'unknown knob --zzzzzz'),
-])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--step=5'], 'did you mean --steps?'),
+        (['--rate=fast'], '--rate=fast: expected a number'),
+        (['--steps=1.5'], 'expected a whole number'),
+        (['--fast=maybe'], 'expected True or False'),
+        (['--kind=c'], 'one of auto, a, b'),
+        (['--limit=x'], 'expected a whole number or None'),
+        (['--steps'], '--steps needs a value'),
+        (['--steps=-1'], 'steps=-1: expected 0 or more'),
+        (['nothing.py'], 'nothing.py: no such config file'),
+        (['--sizes=[1,x]'], 'expected'),
+        (['--rate=True'], 'expected a number'),
+        (['--zzzzzz=1'], 'unknown knob --zzzzzz'),
+    ],
+)
 def test_mistakes(words, message):
     with pytest.raises(UserError) as error:
         configure(Knobs, words)
@@ -62,10 +92,18 @@ def test_files_and_options_in_order(tmp_path):
     assert configure(Knobs, [str(js)]).names == ['a']
 
 
-@pytest.mark.parametrize('name, text, message', [
-    ('c.py', 'setps = 3\n', 'unknown knob setps; did you mean steps?'), ('c.py', 'steps = "many"\n', 'steps=many: expected a whole number'), ('c.py', 'steps = = 3\n', 'SyntaxError'),
-    ('c.py', 'steps = 1 / 0\n', 'ZeroDivisionError'), ('c.json', '[1]', 'expected one mapping'), ('c.json', '{', 'JSONDecodeError'), ('c.yaml', 'steps: {}', 'expected a whole number'),
-])
+@pytest.mark.parametrize(
+    'name, text, message',
+    [
+        ('c.py', 'setps = 3\n', 'unknown knob setps; did you mean steps?'),
+        ('c.py', 'steps = "many"\n', 'steps=many: expected a whole number'),
+        ('c.py', 'steps = = 3\n', 'SyntaxError'),
+        ('c.py', 'steps = 1 / 0\n', 'ZeroDivisionError'),
+        ('c.json', '[1]', 'expected one mapping'),
+        ('c.json', '{', 'JSONDecodeError'),
+        ('c.yaml', 'steps: {}', 'expected a whole number'),
+    ],
+)
 def test_bad_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
@@ -105,6 +143,7 @@ bias = False
 
 def test_nanogpt_names_are_known(tmp_path):
     from train import TrainConfig
+
     (tmp_path / 'c.py').write_text(NANOGPT)
     config = configure(TrainConfig, [str(tmp_path / 'c.py')])
     assert config.gradient_accumulation_steps == 40 and config.wandb_run_name.startswith('ft-') and config.eval_iters == 40
@@ -113,6 +152,7 @@ def test_nanogpt_names_are_known(tmp_path):
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.name)
 def test_our_configs_are_sound(path):
     from train import TrainConfig
+
     configure(TrainConfig, [str(path)])
 
 
@@ -121,7 +161,8 @@ def test_sizes():
 
     from model import GPT
     from train import TrainConfig
-    for name, vocab_size, params in ('small', 1024, 1.6e6), ('default', 4096, 87e6), ('large', 16384, 350e6):
+
+    for name, vocab_size, params in ('small', 2048, 1.6e6), ('default', 4096, 87e6), ('large', 16384, 350e6):
         with torch.device('meta'):
             n = GPT(configure(TrainConfig, [str(ROOT / f'config/{name}.py')]).model_config(vocab_size)).num_params()
         assert abs(n / params - 1) < 0.01, (name, n)

@@ -73,7 +73,7 @@ def test_evaluation_reads_every_token_once(tmp_path):
 
 def test_a_short_validation_split_is_read(tmp_path):
     write_bin(tmp_path / 'val.bin', [5, 6, 7])
-    (x, y), = Split(str(tmp_path), 'val', 32).eval_batches(4)
+    ((x, y),) = Split(str(tmp_path), 'val', 32).eval_batches(4)
     assert y[0, :2].tolist() == [6, 7] and (y[0, 2:] == -1).all()
 
 
@@ -86,11 +86,18 @@ def test_shards_and_headers(tmp_path):
     assert split.n_tokens == 1000 and len(set(x[:, 0])) == split.n_windows and (y == x + 1).all()
 
 
-@pytest.mark.parametrize('content, message', [
-    (None, 'no such file; prepare the dataset first: python'), (b'', 'is empty'), (b'\x01\x00\x02', 'odd size'), (struct.pack('<10H', *range(10)), 'fewer than one window'),
-    (struct.pack('<100H', *range(900, 1000)), 'token id 9.. is beyond the vocabulary of 50'), (struct.pack('<256i', HEADER_MAGIC, 1, 99, *[0] * 253) + b'\0\0', 'cut off'),
-    (struct.pack('<256i', HEADER_MAGIC, 7, 1, *[0] * 253) + b'\0\0', 'header version 7'),
-])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (None, 'no such file; prepare the dataset first: python'),
+        (b'', 'is empty'),
+        (b'\x01\x00\x02', 'odd size'),
+        (struct.pack('<10H', *range(10)), 'fewer than one window'),
+        (struct.pack('<100H', *range(900, 1000)), 'token id 9.. is beyond the vocabulary of 50'),
+        (struct.pack('<256i', HEADER_MAGIC, 1, 99, *[0] * 253) + b'\0\0', 'cut off'),
+        (struct.pack('<256i', HEADER_MAGIC, 7, 1, *[0] * 253) + b'\0\0', 'header version 7'),
+    ],
+)
 def test_bad_token_files(tmp_path, content, message):
     if content is not None:
         (tmp_path / 'train.bin').write_bytes(content)
@@ -103,6 +110,7 @@ def test_meta_pickles_run_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / 'pwned'), 'w'))
+
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'itos': Evil()}))
     with pytest.raises(UserError, match='meta.pkl.*plain'):
         read_meta(str(tmp_path))
@@ -139,13 +147,15 @@ def test_split_text_loses_nothing():
     text = [f'line {i}\n' for i in range(100)]
     whole = ''.join(text)
     pieces = list(split_text(text, len(whole), 0.1))
-    assert ''.join(p[1] for p in pieces) == whole and ''.join(p[1] for p in pieces if p[0] == 'train') == whole[:int(len(whole) * 0.9)]
+    assert ''.join(p[1] for p in pieces) == whole and ''.join(p[1] for p in pieces if p[0] == 'train') == whole[: int(len(whole) * 0.9)]
     assert [p[0] for p in pieces if p[2]] == ['train', 'val']
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'cp1252', 'cp1251'])
 def test_encodings_are_detected(tmp_path, encoding):
-    text = {'cp1251': 'Над рекой холодный туман, и мой брат молчит у окна.\n'}.get(encoding, 'Über den Flüssen schläft größer die Nacht, café fermé.\n') * 40
+    text = {'cp1251': 'Над рекой холодный туман, и мой брат молчит у окна.\n'}.get(
+        encoding, 'Über den Flüssen schläft größer die Nacht, café fermé.\n'
+    ) * 40
     (tmp_path / 'a.txt').write_bytes(text.replace('\n', '\r\n').encode(encoding))
     assert ''.join(read_pieces(str(tmp_path / 'a.txt'))) == text == ''.join(read_pieces(str(tmp_path / 'a.txt'), encoding))
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
@@ -158,18 +168,24 @@ def test_encodings_are_detected(tmp_path, encoding):
 # -----------------------------------------------------------------------------
 # The prepare.py scripts, run as a user runs them
 
+
 def test_darklyrics(tmp_path):
     done = script('data/darklyrics/prepare.py', f'--out_dir={tmp_path}')
     assert done.returncode == 0, done.stderr
     meta = json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
     tokenizer = read_tokenizer(str(tmp_path))
-    texts = {s: tokenizer.decode(np.fromfile(tmp_path / f'{s}.bin', dtype='<u2').tolist()).split('<|endoftext|>')[:-1] for s in ('train', 'val')}
+    texts = {
+        s: tokenizer.decode(np.fromfile(tmp_path / f'{s}.bin', dtype='<u2').tolist()).split('<|endoftext|>')[:-1] for s in ('train', 'val')
+    }
     songs = [json.loads(line) for line in DEMO.read_text(encoding='utf-8').splitlines()]
     sung = [s for s in songs if s['lyrics'] != '[Instrumental]']
     assert meta['splits']['train']['documents'] + meta['splits']['val']['documents'] == len(sung) < len(songs)
     assert not set(texts['train']) & set(texts['val']) and len(texts['val']) > 10
     first = sung[0]
-    assert any(t == f'Artist: {first["artist"]}\nAlbum: {first["album"]}\nYear: {first["year"]}\nTitle: {first["title"]}\n\n{first["lyrics"]}\n' for t in texts['train'] + texts['val'])
+    assert any(
+        t == f'Artist: {first["artist"]}\nAlbum: {first["album"]}\nYear: {first["year"]}\nTitle: {first["title"]}\n\n{first["lyrics"]}\n'
+        for t in texts['train'] + texts['val']
+    )
     again = tmp_path / 'again'
     script('data/darklyrics/prepare.py', f'--out_dir={again}')
     assert (again / 'train.bin').read_bytes() == (tmp_path / 'train.bin').read_bytes()
@@ -185,29 +201,50 @@ def test_own_text(tmp_path):
     (source / 'deep').mkdir(parents=True)
     for i in range(30):
         (source / 'deep' / f'{i}.txt').write_text(f'Song {i}\nover the ridge the wind came {i}\n' * 5, encoding='utf-8')
-    (source / 'more.jsonl').write_text(''.join(json.dumps({'lyrics': f'and so they sang {i}\u2028'}) + '\n' for i in range(30)), encoding='utf-8')
+    (source / 'more.jsonl').write_text(
+        ''.join(json.dumps({'lyrics': f'and so they sang {i}\u2028'}) + '\n' for i in range(30)), encoding='utf-8'
+    )
     (source / 'picture.png').write_bytes(b'\x89PNG')
     done = script('data/text/prepare.py', f'--input={source}', f'--out_dir={tmp_path / "d"}', '--vocab_size=300', '--val_fraction=0.2')
     assert done.returncode == 0, done.stderr
     counts = read_meta(str(tmp_path / 'd'))['splits']
     assert counts['train']['documents'] + counts['val']['documents'] == 60
-    one = script('data/text/prepare.py', f'--input={source / "deep" / "1.txt"}', f'--out_dir={tmp_path / "e"}', '--tokenizer=char', '--lowercase')
+    one = script(
+        'data/text/prepare.py', f'--input={source / "deep" / "1.txt"}', f'--out_dir={tmp_path / "e"}', '--tokenizer=char', '--lowercase'
+    )
     assert one.returncode == 0, one.stderr
     text = (source / 'deep' / '1.txt').read_text().lower()
     tokenizer = read_tokenizer(str(tmp_path / 'e'))
-    parts = [tokenizer.decode(np.fromfile(tmp_path / 'e' / f'{s}.bin', dtype='<u2').tolist()).removesuffix('<|endoftext|>') for s in ('train', 'val')]
+    parts = [
+        tokenizer.decode(np.fromfile(tmp_path / 'e' / f'{s}.bin', dtype='<u2').tolist()).removesuffix('<|endoftext|>')
+        for s in ('train', 'val')
+    ]
     assert ''.join(parts) == text
 
 
-@pytest.mark.parametrize('name, words, message', [
-    ('text', ['--input=nowhere'], 'nowhere: no such file or folder'), ('text', ['--val_fraction=2'], 'val_fraction=2.0'), ('text', ['--input=EMPTY'], 'came out empty'),
-    ('darklyrics', ['--input=nowhere.jsonl'], 'nowhere.jsonl: no such file'), ('darklyrics', ['--input=BAD'], 'line 1: not JSON'), ('darklyrics', ['--artists=Nobody'], 'came out empty'),
-    ('shakespeare_char', ['--input=nowhere'], 'nowhere: no such file'), ('openwebtext', ['--offline'], '--input=FILE'), ('text', ['--tokenizer=bpe', '--vocab_size=12', '--input=BAD'], 'vocab_size=12'),
-])
+@pytest.mark.parametrize(
+    'name, words, message',
+    [
+        ('text', ['--input=nowhere'], 'nowhere: no such file or folder'),
+        ('text', ['--val_fraction=2'], 'val_fraction=2.0'),
+        ('text', ['--input=EMPTY'], 'came out empty'),
+        ('darklyrics', ['--input=nowhere.jsonl'], 'nowhere.jsonl: no such file'),
+        ('darklyrics', ['--input=BAD'], 'line 1: not JSON'),
+        ('darklyrics', ['--artists=Nobody'], 'came out empty'),
+        ('shakespeare_char', ['--input=nowhere'], 'nowhere: no such file'),
+        ('openwebtext', ['--offline'], '--input=FILE'),
+        ('text', ['--tokenizer=bpe', '--vocab_size=12', '--input=BAD'], 'vocab_size=12'),
+    ],
+)
 def test_bad_input(tmp_path, name, words, message):
     (tmp_path / 'empty.txt').write_text('')
     (tmp_path / 'bad.jsonl').write_text('{"lyrics": ')
-    words = [w.replace('EMPTY', str(tmp_path / 'empty.txt')).replace('BAD', str(tmp_path / ('bad.jsonl' if name == 'darklyrics' else 'empty.txt'))) for w in words]
+    words = [
+        w.replace('EMPTY', str(tmp_path / 'empty.txt')).replace(
+            'BAD', str(tmp_path / ('bad.jsonl' if name == 'darklyrics' else 'empty.txt'))
+        )
+        for w in words
+    ]
     done = script(f'data/{name}/prepare.py', *words, f'--out_dir={tmp_path / "out"}')
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
     assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').iterdir())
@@ -221,8 +258,8 @@ def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
     assert done.returncode == 0, done.stderr
     text = source.read_text(encoding='utf-8')
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
-    assert np.fromfile(tmp_path / 'val.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[int(len(text) * 0.9):]]
-    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[:int(len(text) * 0.9)]]
+    assert np.fromfile(tmp_path / 'val.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[int(len(text) * 0.9) :]]
+    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[: int(len(text) * 0.9)]]
 
 
 def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
@@ -232,6 +269,7 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     from dataset import download
+
     body, asked = bytes(range(256)) * 1000, []
 
     class Server(BaseHTTPRequestHandler):
@@ -241,10 +279,11 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
             self.send_response(206 if start else 200)
             self.send_header('Content-Length', str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start:start + 100_000] if len(asked) == 1 else body[start:])
+            self.wfile.write(body[start : start + 100_000] if len(asked) == 1 else body[start:])
 
         def log_message(self, *args):
             pass
+
     server = HTTPServer(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, path = f'http://127.0.0.1:{server.server_port}/x', str(tmp_path / 'x')
@@ -268,8 +307,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         with open(path, 'w') as f:
             for i in range(size * 25_000):
                 f.write(f'the road goes over the ridge {i:09d}\n')
-        code = f"import sys, runpy, resource; sys.argv = ['p', '--input={path}', '--out_dir={tmp_path}/o', '--tokenizer=char']; sys.path.insert(0, 'data/text')\n" \
-               "try: runpy.run_path('data/text/prepare.py', run_name='__main__')\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        code = (
+            f"import sys, runpy, resource; sys.argv = ['p', '--input={path}', '--out_dir={tmp_path}/o', '--tokenizer=char']; sys.path.insert(0, 'data/text')\n"
+            "try: runpy.run_path('data/text/prepare.py', run_name='__main__')\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
         pytest.importorskip('resource')
         done = script('-c', code)
         assert done.returncode == 0, done.stderr
@@ -280,5 +321,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 def test_trained_bpe_is_used_again(tmp_path, demo_text):
     BPETokenizer.train([demo_text], 300).save(str(tmp_path / 't.json'))
     (tmp_path / 'a.txt').write_text(demo_text[:20000], encoding='utf-8')
-    done = script('data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={tmp_path / "d"}', f'--tokenizer={tmp_path / "t.json"}')
+    done = script(
+        'data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={tmp_path / "d"}', f'--tokenizer={tmp_path / "t.json"}'
+    )
     assert done.returncode == 0 and read_meta(str(tmp_path / 'd'))['tokenizer'] == BPETokenizer.train([demo_text], 300).state()

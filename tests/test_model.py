@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from model import GPT, GPTConfig, LinearCrossEntropy, Muon, draw, orthogonalize
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
-VARIANTS = [dict(arch='gpt2'), dict(arch='gpt2', bias=False), dict(arch='modern'), dict(arch='modern', n_kv_head=2), dict(arch='modern', n_kv_head=1, tie_weights=True),
-            dict(arch='modern', mlp='relu2', norm='layernorm'), dict(arch='modern', position='sinusoidal', qk_norm=False), dict(arch='gpt2', position='rope')]
+VARIANTS = [
+    dict(arch='gpt2'),
+    dict(arch='gpt2', bias=False),
+    dict(arch='modern'),
+    dict(arch='modern', n_kv_head=2),
+    dict(arch='modern', n_kv_head=1, tie_weights=True),
+    dict(arch='modern', mlp='relu2', norm='layernorm'),
+    dict(arch='modern', position='sinusoidal', qk_norm=False),
+    dict(arch='gpt2', position='rope'),
+]
 
 
 def random_model(**changes):
@@ -22,6 +30,7 @@ def random_model(**changes):
 
 # -----------------------------------------------------------------------------
 # Against what nobody here wrote
+
 
 def test_gpt2_logits_equal_transformers(tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -47,19 +56,45 @@ def test_modern_logits_equal_transformers_qwen3(changes):
     transformers = pytest.importorskip('transformers')
     ours = random_model(arch='modern', **changes)
     c = ours.config
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=c.n_ff, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=c.n_kv_head, head_dim=8, rms_norm_eps=1e-6,
-        max_position_embeddings=24, rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta}, tie_word_embeddings=c.tie_weights, attention_bias=False)).eval()
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=c.n_ff,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=8,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=24,
+            rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+            tie_word_embeddings=c.tie_weights,
+            attention_bias=False,
+        )
+    ).eval()
     own = ours.state_dict()
-    names = {'model.embed_tokens.weight': own['transformer.wte.weight'], 'model.norm.weight': own['transformer.ln_f.weight'], 'lm_head.weight': own['lm_head.weight']}
+    names = {
+        'model.embed_tokens.weight': own['transformer.wte.weight'],
+        'model.norm.weight': own['transformer.ln_f.weight'],
+        'lm_head.weight': own['lm_head.weight'],
+    }
     for i in range(2):
         h, t = f'transformer.h.{i}.', f'model.layers.{i}.'
         q, k, v = own[h + 'attn.c_attn.weight'].split([32, 8 * c.n_kv_head, 8 * c.n_kv_head])
         gate, up = own[h + 'mlp.c_fc.weight'].chunk(2)
-        names |= {t + 'self_attn.q_proj.weight': q, t + 'self_attn.k_proj.weight': k, t + 'self_attn.v_proj.weight': v, t + 'self_attn.o_proj.weight': own[h + 'attn.c_proj.weight'],
-                  t + 'self_attn.q_norm.weight': own[h + 'attn.q_norm.weight'], t + 'self_attn.k_norm.weight': own[h + 'attn.k_norm.weight'], t + 'mlp.gate_proj.weight': gate,
-                  t + 'mlp.up_proj.weight': up, t + 'mlp.down_proj.weight': own[h + 'mlp.c_proj.weight'], t + 'input_layernorm.weight': own[h + 'ln_1.weight'],
-                  t + 'post_attention_layernorm.weight': own[h + 'ln_2.weight']}
+        names |= {
+            t + 'self_attn.q_proj.weight': q,
+            t + 'self_attn.k_proj.weight': k,
+            t + 'self_attn.v_proj.weight': v,
+            t + 'self_attn.o_proj.weight': own[h + 'attn.c_proj.weight'],
+            t + 'self_attn.q_norm.weight': own[h + 'attn.q_norm.weight'],
+            t + 'self_attn.k_norm.weight': own[h + 'attn.k_norm.weight'],
+            t + 'mlp.gate_proj.weight': gate,
+            t + 'mlp.up_proj.weight': up,
+            t + 'mlp.down_proj.weight': own[h + 'mlp.c_proj.weight'],
+            t + 'input_layernorm.weight': own[h + 'ln_1.weight'],
+            t + 'post_attention_layernorm.weight': own[h + 'ln_2.weight'],
+        }
     theirs.load_state_dict(names)
     idx = torch.randint(50, (3, 24))
     with torch.no_grad():
@@ -68,6 +103,7 @@ def test_modern_logits_equal_transformers_qwen3(changes):
 
 # -----------------------------------------------------------------------------
 # First principles
+
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_causality(changes):
@@ -93,8 +129,14 @@ def test_gradients_by_finite_differences():
 
     def loss():
         return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
     loss().backward()
-    for name in 'transformer.wte.weight', 'transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_fc.weight', 'transformer.h.0.attn.q_norm.weight':
+    for name in (
+        'transformer.wte.weight',
+        'transformer.h.0.attn.c_attn.weight',
+        'transformer.h.1.mlp.c_fc.weight',
+        'transformer.h.0.attn.q_norm.weight',
+    ):
         p = dict(model.named_parameters())[name]
         flat, grad = p.data.view(-1), p.grad.view(-1)
         at = int(grad.abs().argmax())
@@ -180,6 +222,7 @@ def test_counts_and_crop():
 
 def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
+
     model = GPT(GPTConfig(arch='modern', n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=256))
     idx = torch.randint(256, (2, 64))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -187,16 +230,27 @@ def test_flops_are_those_that_torch_counts():
     assert abs(counter.get_total_flops() / (model.flops_per_token() * 128) - 1) < 0.01
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(n_head=5), 'n_head=5 does not divide n_embd=32'), (dict(dropout=2), 'dropout=2'), (dict(arch='gpt3'), 'arch=gpt3'), (dict(n_kv_head=3), 'n_kv_head=3'),
-    (dict(n_layer=0), 'n_layer=0'), (dict(mlp='relu'), 'mlp=relu'), (dict(arch='modern', n_head=32), 'even'),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(n_head=5), 'n_head=5 does not divide n_embd=32'),
+        (dict(dropout=2), 'dropout=2'),
+        (dict(arch='gpt3'), 'arch=gpt3'),
+        (dict(n_kv_head=3), 'n_kv_head=3'),
+        (dict(n_layer=0), 'n_layer=0'),
+        (dict(mlp='relu'), 'mlp=relu'),
+        (dict(arch='modern', n_head=32), 'even'),
+    ],
+)
 def test_bad_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**SMALL | changes)
 
 
-@pytest.mark.parametrize('name, content, message', [('config.json', '{"model_type": "llama"}', 'expected gpt2'), ('config.json', '{', 'config.json'), ('x', '', 'config.json')])
+@pytest.mark.parametrize(
+    'name, content, message',
+    [('config.json', '{"model_type": "llama"}', 'expected gpt2'), ('config.json', '{', 'config.json'), ('x', '', 'config.json')],
+)
 def test_foreign_folders(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -208,6 +262,7 @@ def test_foreign_folders(tmp_path, name, content, message):
 # -----------------------------------------------------------------------------
 # Writing
 
+
 def naive(model, prompt, n, **options):
     """The whole context through the model for every token, one row at a time: what the cached way must equal."""
     row, out, dice = list(prompt), [], torch.Generator().manual_seed(options.pop('seed', 1337))
@@ -217,16 +272,20 @@ def naive(model, prompt, n, **options):
         if i and i % 64 == 0:
             chances = torch.rand(64, generator=dice)
         if len(row) > size:
-            row = row[-(size // 2):]
+            row = row[-(size // 2) :]
         with torch.no_grad():
             logits = model(torch.tensor([row]))[:, -1]
-        token = int(draw(logits, chances[i % 64:i % 64 + 1], options.get('temperature', 1.0), options.get('top_k'), options.get('top_p')))
+        token = int(draw(logits, chances[i % 64 : i % 64 + 1], options.get('temperature', 1.0), options.get('top_k'), options.get('top_p')))
         row.append(token)
         out.append(token)
     return out
 
 
-@pytest.mark.parametrize('options', [dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.7), dict(top_k=20, top_p=0.8, temperature=1.3)], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.7), dict(top_k=20, top_p=0.8, temperature=1.3)],
+    ids=str,
+)
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_cached_equals_uncached_batched_equals_unbatched(changes, options):
     model = random_model(**changes)
@@ -246,7 +305,7 @@ def test_stop_tokens_and_iteration():
     bound = torch.stack(list(model.generate([[1], [2]], 40, stop_tokens=[stop])), dim=1)
     for row in range(2):
         at = free[row].tolist().index(stop) if stop in free[row].tolist() else 39
-        assert bound[row, :at + 1].tolist() == free[row, :at + 1].tolist() and (bound[row, at + 1:] == -1).all()
+        assert bound[row, : at + 1].tolist() == free[row, : at + 1].tolist() and (bound[row, at + 1 :] == -1).all()
     assert len(list(model.generate([[1]], 40, stop_tokens=[stop]))) == first and list(model.generate([[1]], 0)) == []
 
 
@@ -271,8 +330,15 @@ def test_draw_follows_the_distribution():
         assert (counts - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(temperature=-1), 'temperature=-1'), (dict(top_p=1.5), 'top_p=1.5'), (dict(top_k=-1), 'top_k=-1'), (dict(repetition_penalty=0), 'repetition_penalty=0')])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(temperature=-1), 'temperature=-1'),
+        (dict(top_p=1.5), 'top_p=1.5'),
+        (dict(top_k=-1), 'top_k=-1'),
+        (dict(repetition_penalty=0), 'repetition_penalty=0'),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         next(random_model().generate([[1]], 5, **options))

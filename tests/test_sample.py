@@ -16,12 +16,15 @@ def test_samples(trained):
     assert script(*words).stdout == first.stdout, 'same command, same words'
     told = [json.loads(line) for line in script(*words, '--json', '--num_samples=4').stdout.splitlines()]
     assert [t['sample'] for t in told] == [0, 1, 2, 3] and all(t['tokens'] == 40 and t['prompt'] == 'the ' for t in told)
-    assert first.stdout.split('\n' + '-' * 40 + '\n')[1].rstrip('\n') == ('the ' + told[1]['text']).rstrip('\n'), 'sample 1 is the same whatever num_samples is'
+    assert first.stdout.split('\n' + '-' * 40 + '\n')[1].rstrip('\n') == ('the ' + told[1]['text']).rstrip('\n'), (
+        'sample 1 is the same whatever num_samples is'
+    )
     assert len({t['text'] for t in told}) == 4
 
 
 def test_no_dataset_is_needed(trained, tmp_path):
     import shutil
+
     shutil.copy(trained / 'best.pt', tmp_path)
     done = script('sample.py', f'--out_dir={tmp_path}', '--max_new_tokens=5', '--num_samples=1')
     assert done.returncode == 0 and done.stdout
@@ -34,10 +37,20 @@ def test_prompts(tmp_path):
     assert prompt_text(SampleConfig(artist='A', album='B')) == 'Artist: A\nAlbum: B\n'
 
 
-@pytest.mark.parametrize('more, message', [
-    (['--top_p=1.5'], 'top_p=1.5'), (['--temperature=-1'], 'temperature=-1'), (['--num_samples=0'], 'num_samples=0'), (['--start=日本'], "character '日'"), (['--start=FILE:nowhere'], 'nowhere'),
-    (['--out_dir=nowhere'], 'nowhere: no such folder'), (['--init_from=gpt9'], 'gpt9'), (['--top_k=-5'], 'top_k=-5'), (['--device=cuda:77'], 'device=cuda:77'),
-])
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--top_p=1.5'], 'top_p=1.5'),
+        (['--temperature=-1'], 'temperature=-1'),
+        (['--num_samples=0'], 'num_samples=0'),
+        (['--start=日本'], "character '日'"),
+        (['--start=FILE:nowhere'], 'nowhere'),
+        (['--out_dir=nowhere'], 'nowhere: no such folder'),
+        (['--init_from=gpt9'], 'gpt9'),
+        (['--top_k=-5'], 'top_k=-5'),
+        (['--device=cuda:77'], 'device=cuda:77'),
+    ],
+)
 def test_mistakes_get_one_line(trained, more, message):
     done = script('sample.py', f'--out_dir={trained}', *more)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
@@ -51,10 +64,24 @@ def test_zero_means_off_or_greedy(trained, more, capsys):
 
 
 def test_interactive(trained):
-    done = subprocess.run([sys.executable, 'sample.py', f'--out_dir={trained}', '--interactive', '--max_new_tokens=20'], cwd=ROOT, input='the sea\n日\n\n', capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, 'sample.py', f'--out_dir={trained}', '--interactive', '--max_new_tokens=20'],
+        cwd=ROOT,
+        input='the sea\n日\n\n',
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and 'the sea' in done.stdout and "character '日'" in done.stderr, done.stderr
 
 
 def test_output_may_be_cut_off(trained):
-    done = subprocess.run(f'{sys.executable} sample.py --out_dir={trained} --max_new_tokens=400 | head -c 5', shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        f'{sys.executable} sample.py --out_dir={trained} --max_new_tokens=400 | head -c 5',
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert 'Traceback' not in done.stderr

@@ -7,7 +7,19 @@ from configurator import UserError
 from tests.conftest import DEMO, ROOT, script
 from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, GPT2Tokenizer, from_state, load
 
-UNICODE = ['', ' ', '\n\n\t \r\n', 'naïve Ångström ß ÿ', '日本語のテキスト', '🦇🎸 e\u0301 \u200d \ufeff', 'x\x00y', f'a{EOT}b', '\U0010ffff', 'don\'t   stop', 'ﷺ' * 3]
+UNICODE = [
+    '',
+    ' ',
+    '\n\n\t \r\n',
+    'naïve Ångström ß ÿ',
+    '日本語のテキスト',
+    '🦇🎸 e\u0301 \u200d \ufeff',
+    'x\x00y',
+    f'a{EOT}b',
+    '\U0010ffff',
+    "don't   stop",
+    'ﷺ' * 3,
+]
 
 
 @pytest.fixture(scope='module')
@@ -37,9 +49,13 @@ def test_round_trip_of_the_corpus(bpe):
 
 def test_fuzzed_round_trip(bpe):
     import random
+
     dice = random.Random(0)
     for _ in range(300):
-        text = ''.join(chr(dice.choice([dice.randrange(32, 127), dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)])) for _ in range(dice.randrange(30)))
+        text = ''.join(
+            chr(dice.choice([dice.randrange(32, 127), dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)]))
+            for _ in range(dice.randrange(30))
+        )
         assert bpe.decode(bpe.encode(text)) == text
 
 

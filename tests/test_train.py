@@ -42,7 +42,9 @@ def test_learns_and_leaves_its_files(chars, trained):
     losses = [float(r['train_loss']) for r in found if r['train_loss']]
     vals = [float(r['val_loss']) for r in found if r['val_loss']]
     assert losses[-1] < losses[0] - 0.5 and vals[-1] < vals[0] and len(vals) == 6
-    assert float(found[-1]['val_bpb']) == pytest.approx(vals[-1] / math.log(2), rel=0.05), 'a character of this text is a little over a byte'
+    assert float(found[-1]['val_bpb']) == pytest.approx(vals[-1] / math.log(2), rel=0.05), (
+        'a character of this text is a little over a byte'
+    )
     assert {'ckpt.pt', 'best.pt', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json'} <= set(os.listdir(trained))
     assert json.loads((trained / 'config.json').read_text())['n_layer'] == 2
     assert 'validation loss' in (trained / 'train.log').read_text(encoding='utf-8')
@@ -57,13 +59,21 @@ def test_same_seed_same_numbers(chars, tmp_path):
     assert not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
 
 
-@pytest.mark.parametrize('more', [[], ['--optimizer=adamw', '--arch=gpt2', '--dropout=0.2'], ['--gradient_accumulation_steps=3', '--dropout=0.1', '--dtype=bfloat16']], ids=str)
+@pytest.mark.parametrize(
+    'more',
+    [[], ['--optimizer=adamw', '--arch=gpt2', '--dropout=0.2'], ['--gradient_accumulation_steps=3', '--dropout=0.1', '--dtype=bfloat16']],
+    ids=str,
+)
 def test_resume_equals_the_unbroken_run(chars, tmp_path, more):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     train(tiny(chars, whole, '--lr_decay_iters=20', *more))
     train(tiny(chars, parts, '--lr_decay_iters=20', '--max_iters=7', *more))
     train(tiny(chars, parts, '--lr_decay_iters=20', '--max_iters=13', '--init_from=resume', *more))
-    end = train(configure(TrainConfig, [f'--out_dir={parts}', '--init_from=resume', '--max_iters=20', '--device=cpu', *[m for m in more if 'dtype' in m]]))
+    end = train(
+        configure(
+            TrainConfig, [f'--out_dir={parts}', '--init_from=resume', '--max_iters=20', '--device=cpu', *[m for m in more if 'dtype' in m]]
+        )
+    )
     assert end['step'] == 20 and same(weights(whole), weights(parts))
     a, b = ({k: v for k, v in checkpoint.load(str(p / 'ckpt.pt'))['optimizer'].items()} for p in (whole, parts))
     assert all(torch.equal(x, y) for k in a for p in a[k]['state'] for x, y in zip(a[k]['state'][p].values(), b[k]['state'][p].values()))
@@ -78,7 +88,9 @@ def test_kill_at_any_instant_then_resume(chars, tmp_path):
     train(tiny(chars, whole, *settings))
     for attempt in range(3):
         resume = ['--init_from=resume'] if (killed / 'ckpt.pt').exists() else []
-        process = subprocess.Popen([sys.executable, *command(chars, killed, *settings, *resume)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *command(chars, killed, *settings, *resume)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         before = checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] if resume else 0
         deadline = time.time() + 60
         while time.time() < deadline and process.poll() is None:
@@ -97,7 +109,12 @@ def test_kill_at_any_instant_then_resume(chars, tmp_path):
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_resumes(chars, tmp_path, number, status):
-    process = subprocess.Popen([sys.executable, *command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000')], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000')],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith('step 10'):
             process.send_signal(number)
@@ -111,8 +128,14 @@ def test_a_signal_saves_and_resumes(chars, tmp_path, number, status):
 def test_two_processes_follow_the_same_curve(chars, tmp_path):
     settings = ['--gradient_accumulation_steps=2', '--max_iters=30', '--log_interval=1', '--dtype=float32']
     train(tiny(chars, tmp_path / 'one', *settings))
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path / 'two', *settings)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path / 'two', *settings)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (rows(tmp_path / name) for name in ('one', 'two'))
     assert len(one) == len(two)
@@ -122,20 +145,38 @@ def test_two_processes_follow_the_same_curve(chars, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared(chars, tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path, '--batch_size=3')],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert done.returncode and 'train.py: error: batch_size × gradient_accumulation_steps = 3 windows cannot be shared equally among 2 processes' in done.stderr
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *command(chars, tmp_path, '--batch_size=3')],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
+    assert (
+        done.returncode
+        and 'train.py: error: batch_size × gradient_accumulation_steps = 3 windows cannot be shared equally among 2 processes'
+        in done.stderr
+    )
 
 
 def test_fine_tuning_keeps_the_tokenizer(chars, trained, tmp_path):
     end = train(tiny(chars, tmp_path / 'f', f'--init_from={trained}', '--max_iters=5', '--learning_rate=1e-4'))
-    assert end['val_loss'] < 3 and checkpoint.load(str(tmp_path / 'f' / 'ckpt.pt'))['tokenizer'] == checkpoint.load(str(trained / 'ckpt.pt'))['tokenizer']
+    assert (
+        end['val_loss'] < 3
+        and checkpoint.load(str(tmp_path / 'f' / 'ckpt.pt'))['tokenizer'] == checkpoint.load(str(trained / 'ckpt.pt'))['tokenizer']
+    )
     other = tmp_path / 'other'
     (tmp_path / 'a.txt').write_text('abc def ghi\n' * 500)
     assert script('data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={other}', '--tokenizer=char').returncode == 0
     with pytest.raises(UserError, match='another tokenizer.*--tokenizer=.*tokenizer.json'):
         train(tiny(other, tmp_path / 'g', f'--init_from={trained}'))
-    assert script('data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={other}', f'--tokenizer={trained / "tokenizer.json"}').returncode == 0
+    assert (
+        script(
+            'data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={other}', f'--tokenizer={trained / "tokenizer.json"}'
+        ).returncode
+        == 0
+    )
     train(tiny(other, tmp_path / 'g', f'--init_from={trained}', '--max_iters=2'))
 
 
@@ -147,22 +188,54 @@ def test_gpt2_weights_refuse_other_tokens(chars, tmp_path):
 def test_stopping(chars, tmp_path):
     end = train(tiny(chars, tmp_path, '--max_iters=200', '--target_val_loss=3.2'))
     assert end['step'] < 200 and end['val_loss'] <= 3.2
-    end = train(tiny(chars, tmp_path, '--max_iters=400', '--learning_rate=3e-2', '--eval_interval=10', '--patience=2', '--batch_size=1', '--lr_schedule=linear', '--decay_lr=False'))
+    end = train(
+        tiny(
+            chars,
+            tmp_path,
+            '--max_iters=400',
+            '--learning_rate=3e-2',
+            '--eval_interval=10',
+            '--patience=2',
+            '--batch_size=1',
+            '--lr_schedule=linear',
+            '--decay_lr=False',
+        )
+    )
     assert end['step'] < 400 and 'patience' in (tmp_path / 'train.log').read_text(encoding='utf-8')
-    assert checkpoint.load(str(tmp_path / 'best.pt'))['best_val_loss'] == pytest.approx(end['best_val_loss']) and end['best_val_loss'] < end['val_loss']
+    assert (
+        checkpoint.load(str(tmp_path / 'best.pt'))['best_val_loss'] == pytest.approx(end['best_val_loss'])
+        and end['best_val_loss'] < end['val_loss']
+    )
 
 
 def test_nan_stops_and_keeps_the_last_good_state(chars, tmp_path):
     with pytest.raises(UserError, match=r'the loss became .* at step \d+; .*keeps the last good state'):
-        train(tiny(chars, tmp_path, '--max_iters=2000', '--arch=gpt2', '--optimizer=adamw', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=40', '--eval_interval=1'))
+        train(
+            tiny(
+                chars,
+                tmp_path,
+                '--max_iters=2000',
+                '--arch=gpt2',
+                '--optimizer=adamw',
+                '--learning_rate=1e30',
+                '--grad_clip=0',
+                '--warmup_iters=40',
+                '--eval_interval=1',
+            )
+        )
     assert all(w.isfinite().all() for w in weights(tmp_path).values())
 
 
 def test_evaluation_is_the_whole_split_by_any_cut(chars, trained, tmp_path):
-    results = {train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', f'--batch_size={b}'))['val_loss'] for b in (1, 3, 50)}
+    results = {
+        train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', f'--batch_size={b}'))['val_loss'] for b in (1, 3, 50)
+    }
     assert max(results) - min(results) < 1e-5
     part = train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', '--eval_iters=2'))['val_loss']
-    assert part != min(results) and part == train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', '--eval_iters=2', '--seed=9'))['val_loss']
+    assert (
+        part != min(results)
+        and part == train(tiny(chars, tmp_path / 'e', f'--init_from={trained}', '--eval_only', '--eval_iters=2', '--seed=9'))['val_loss']
+    )
 
 
 def test_crop_then_resume(chars, tmp_path):
@@ -172,9 +245,16 @@ def test_crop_then_resume(chars, tmp_path):
         assert checkpoint.load(str(tmp_path / arch / 'ckpt.pt'))['model_args']['block_size'] == 16
 
 
-@pytest.mark.parametrize('more, message', [
-    (['--n_layer=3'], 'n_layer=3, but'), (['--n_embd=64'], 'n_embd=64, but'), (['--block_size=64'], 'block_size=64, but'), (['--optimizer=adamw'], 'leave optimizer out'), (['--mlp=gelu'], 'mlp=gelu, but'),
-])
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--n_layer=3'], 'n_layer=3, but'),
+        (['--n_embd=64'], 'n_embd=64, but'),
+        (['--block_size=64'], 'block_size=64, but'),
+        (['--optimizer=adamw'], 'leave optimizer out'),
+        (['--mlp=gelu'], 'mlp=gelu, but'),
+    ],
+)
 def test_resuming_as_something_else(chars, trained, tmp_path, more, message):
     shutil.copytree(trained, tmp_path / 't')
     before = (tmp_path / 't' / 'ckpt.pt').read_bytes()
@@ -189,11 +269,23 @@ def test_best_weights_cannot_be_resumed(chars, trained, tmp_path):
         train(tiny(chars, tmp_path, '--init_from=resume'))
 
 
-@pytest.mark.parametrize('more, message', [
-    (['--n_head=5'], 'n_head=5 does not divide n_embd=32'), (['--dropout=2'], 'dropout=2.0'), (['--device=cuda'], 'device=cuda: this machine'), (['--device=tpu'], 'device=tpu'),
-    (['--dataset=nowhere'], 'nowhere'), (['--init_from=nowhere'], 'nowhere: no such folder'), (['--init_from=resume'], 'no such checkpoint'), (['--batch_size=0'], 'batch_size=0'),
-    (['--block_size=100000'], 'fewer than one window'), (['--dtype=float16'], 'dtype=float16 needs a GPU'), (['--learning_rate=-1'], 'learning_rate=-1'), (['--out_dir=/proc/x'], 'cannot be written'),
-])
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--n_head=5'], 'n_head=5 does not divide n_embd=32'),
+        (['--dropout=2'], 'dropout=2.0'),
+        (['--device=cuda'], 'device=cuda: this machine'),
+        (['--device=tpu'], 'device=tpu'),
+        (['--dataset=nowhere'], 'nowhere'),
+        (['--init_from=nowhere'], 'nowhere: no such folder'),
+        (['--init_from=resume'], 'no such folder or file; train'),
+        (['--batch_size=0'], 'batch_size=0'),
+        (['--block_size=100000'], 'fewer than one window'),
+        (['--dtype=float16'], 'dtype=float16 needs a GPU'),
+        (['--learning_rate=-1'], 'learning_rate=-1'),
+        (['--out_dir=/proc/x'], 'cannot be written'),
+    ],
+)
 def test_mistakes_get_one_line(chars, tmp_path, more, message):
     if 'cuda' in str(more) and torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
@@ -203,7 +295,12 @@ def test_mistakes_get_one_line(chars, tmp_path, more, message):
 
 
 def test_damaged_data_gets_one_line(chars, tmp_path):
-    for name, content, message in ('train.bin', b'123', 'odd size'), ('val.bin', b'', 'is empty'), ('train.bin', b'\xff\xff' * 2000, 'beyond the vocabulary'), ('meta.json', b'{', 'meta.json: not a description'):
+    for name, content, message in (
+        ('train.bin', b'123', 'odd size'),
+        ('val.bin', b'', 'is empty'),
+        ('train.bin', b'\xff\xff' * 2000, 'beyond the vocabulary'),
+        ('meta.json', b'{', 'meta.json: not a description'),
+    ):
         folder = tmp_path / message.replace(' ', '-').replace(':', '')
         shutil.copytree(chars, folder)
         (folder / name).write_bytes(content)
@@ -215,8 +312,12 @@ def test_missing_data_is_prepared(tmp_path):
     shutil.copytree(ROOT / 'data', tmp_path / 'data', ignore=shutil.ignore_patterns('*.bin', 'meta.*', 'input.txt', 'lyrics.jsonl'))
     for name in ROOT.glob('*.py'):
         shutil.copy(name, tmp_path)
-    done = script('train.py', '--dataset=darklyrics', '--eval_only', '--n_layer=1', '--n_embd=32', '--n_head=1', '--block_size=64', cwd=tmp_path)
-    assert done.returncode == 0 and 'running python data/darklyrics/prepare.py' in done.stdout and 'validation loss' in done.stdout, done.stderr
+    done = script(
+        'train.py', '--dataset=darklyrics', '--eval_only', '--n_layer=1', '--n_embd=32', '--n_head=1', '--block_size=64', cwd=tmp_path
+    )
+    assert done.returncode == 0 and 'running python data/darklyrics/prepare.py' in done.stdout and 'validation loss' in done.stdout, (
+        done.stderr
+    )
     done = script('train.py', '--dataset=shakespeare_char', cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip().endswith('prepare it first: python data/shakespeare_char/prepare.py'), done.stderr
 
@@ -225,14 +326,16 @@ def test_missing_data_is_prepared(tmp_path):
 def test_a_full_disk_does_not_end_the_training(chars, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=500k', 'tmpfs', str(disk)], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(disk)], capture_output=True).returncode:
         pytest.skip('mounting is not allowed here (no GPU, network or data would help)')
     try:
         train(tiny(chars, disk))
-        (disk / 'filler').write_bytes(b'x' * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+        (disk / 'filler').write_bytes(b'x' * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 60_000))
         before = (disk / 'ckpt.pt').read_bytes()
         done = script(*command(chars, disk, '--init_from=resume', '--max_iters=40'))
-        assert done.returncode == 2 and 'WARNING' in done.stdout and 'was not saved' in done.stderr and 'step 40' in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 2 and 'WARNING' in done.stdout and 'was not saved' in done.stderr and 'step 40' in done.stdout, (
+            done.stdout + done.stderr
+        )
         assert (disk / 'ckpt.pt').read_bytes() == before, 'the last good one is still there'
     finally:
         subprocess.run(['umount', str(disk)])
@@ -244,7 +347,9 @@ def test_learning_rate_schedule():
     assert 0 < rates[0] < rates[9] < rates[10] == 1.0 and rates[100] == pytest.approx(0.1) and all(np.diff(rates[10:]) <= 0)
     linear = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=100, min_lr=0.0, lr_schedule='linear', warmdown=0.5)
     assert [learning_rate(linear, s) for s in (50, 75, 100)] == pytest.approx([1.0, 0.5, 0.0])
-    assert learning_rate(TrainConfig(warmup_iters=100, lr_decay_iters=100, max_iters=200), 150) > 0, 'no division by zero when warm-up equals decay'
+    assert learning_rate(TrainConfig(warmup_iters=100, lr_decay_iters=100, max_iters=200), 150) > 0, (
+        'no division by zero when warm-up equals decay'
+    )
     assert learning_rate(TrainConfig(decay_lr=False, warmup_iters=0), 10**6) == 6e-4
 
 
@@ -271,5 +376,18 @@ def test_tensorboard(chars, tmp_path):
 
 
 def test_from_python_without_the_command_line(chars, tmp_path):
-    end = train(TrainConfig(dataset=str(chars), out_dir=str(tmp_path), n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, gradient_accumulation_steps=1, max_iters=3, device='cpu'))
+    end = train(
+        TrainConfig(
+            dataset=str(chars),
+            out_dir=str(tmp_path),
+            n_layer=1,
+            n_head=1,
+            n_embd=16,
+            block_size=16,
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            max_iters=3,
+            device='cpu',
+        )
+    )
     assert end['step'] == 3

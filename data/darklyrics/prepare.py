@@ -1,13 +1,14 @@
 """Songs → train.bin, val.bin and meta.json, one song a document, its artist, album, year and title before its words.
 
-    python data/darklyrics/prepare.py                                  (lyrics.jsonl if you have one, else the embedded demo.jsonl)
-    python data/darklyrics/prepare.py --tokenizer=gpt2 --out_dir=data/darklyrics_gpt2
+python data/darklyrics/prepare.py                                  (lyrics.jsonl if you have one, else the embedded demo.jsonl)
+python data/darklyrics/prepare.py --tokenizer=gpt2 --out_dir=data/darklyrics_gpt2
 """
+
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
@@ -20,7 +21,7 @@ class PrepareConfig:
     input: str = ''  # JSON Lines, one song each; '': lyrics.jsonl beside this file if there is one, else demo.jsonl
     out_dir: str = os.path.relpath(HERE)  # where the token files go
     tokenizer: str = 'bpe'  # bpe, char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = 1024  # for bpe: more for a larger corpus
+    vocab_size: int = 4096  # for bpe: enough that most common words are one token
     lowercase: bool = False  # turn all words to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
     val_fraction: float = 0.08  # share of the songs kept for validation
@@ -52,8 +53,9 @@ def main() -> None:
                 head = song_head(*(song.get(key) for key in ('artist', 'album', 'year', 'title')))
                 yield pick_split(words, config.val_fraction, config.seed), head + words.strip() + '\n', True
 
-    tokenizer = choose_tokenizer(config.tokenizer, lambda: (text for _, text, _ in songs()), config.vocab_size,
-                                 lowercase=config.lowercase, squeeze=config.squeeze)
+    tokenizer = choose_tokenizer(
+        config.tokenizer, lambda: (text for _, text, _ in songs()), config.vocab_size, lowercase=config.lowercase, squeeze=config.squeeze
+    )
     write_dataset(config.out_dir, songs(), tokenizer, os.path.getsize(path), source=os.path.relpath(path))
 
 

@@ -1,13 +1,14 @@
 """OpenWebText, the open copy of GPT-2's training text (8 million pages, 9 billion tokens), in GPT-2's tokens.
 
-    pip install datasets
-    python data/openwebtext/prepare.py                         (streams about 13 GB, writes 17 GB)
-    python data/openwebtext/prepare.py --input=pages.jsonl     (takes your copy: .jsonl with a text field, or .txt)
+pip install datasets
+python data/openwebtext/prepare.py                         (streams about 13 GB, writes 17 GB)
+python data/openwebtext/prepare.py --input=pages.jsonl     (takes your copy: .jsonl with a text field, or .txt)
 """
+
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))

@@ -1,8 +1,9 @@
 """Tiny Shakespeare, 1.1 MB, in GPT-2's tokens, to fine-tune GPT-2: the first 90% for training, the rest for validation.
 
-    python data/shakespeare/prepare.py                    (downloads the text once)
-    python data/shakespeare/prepare.py --input=FILE       (takes your copy)
+python data/shakespeare/prepare.py                    (downloads the text once)
+python data/shakespeare/prepare.py --input=FILE       (takes your copy)
 """
+
 import os
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ def main() -> None:
     path = config.input or download(URL, os.path.join(HERE, 'input.txt'), SHA256, config.offline)
     # no document end: nanoGPT's vocabulary of this text is its 65 characters alone
     tokenizer = CharTokenizer.train(read_pieces(path), special=())
-    write_dataset(config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL)
+    write_dataset(
+        config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL
+    )
 
 
 if __name__ == '__main__':

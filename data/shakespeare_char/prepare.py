@@ -1,8 +1,9 @@
 """Tiny Shakespeare, 1.1 MB, one token a character: the first 90% for training, the rest for validation, as nanoGPT cuts it.
 
-    python data/shakespeare_char/prepare.py                    (downloads the text once)
-    python data/shakespeare_char/prepare.py --input=FILE       (takes your copy)
+python data/shakespeare_char/prepare.py                    (downloads the text once)
+python data/shakespeare_char/prepare.py --input=FILE       (takes your copy)
 """
+
 import os
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ def main() -> None:
     path = config.input or download(URL, os.path.join(HERE, 'input.txt'), SHA256, config.offline)
     # no document end: nanoGPT's vocabulary of this text is its 65 characters alone
     tokenizer = CharTokenizer.train(read_pieces(path), special=())
-    write_dataset(config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL)
+    write_dataset(
+        config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL
+    )
 
 
 if __name__ == '__main__':

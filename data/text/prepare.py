@@ -1,13 +1,14 @@
 """Your own words → a dataset: files or folders of .txt, .md and .jsonl, in any encoding that can be detected.
 
-    python data/text/prepare.py --input=my_songs/ --out_dir=data/mine
-    python train.py config/small.py --dataset=mine
+python data/text/prepare.py --input=my_songs/ --out_dir=data/mine
+python train.py config/small.py --dataset=mine
 """
+
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
@@ -63,8 +64,13 @@ def main() -> None:
                     first = text
                 yield split, first, True
 
-    tokenizer = choose_tokenizer(config.tokenizer, lambda: (text for document in documents() for text in document), config.vocab_size,
-                                 lowercase=config.lowercase, squeeze=config.squeeze)
+    tokenizer = choose_tokenizer(
+        config.tokenizer,
+        lambda: (text for document in documents() for text in document),
+        config.vocab_size,
+        lowercase=config.lowercase,
+        squeeze=config.squeeze,
+    )
     write_dataset(config.out_dir, pieces(), tokenizer, sum(map(os.path.getsize, files)), source=', '.join(config.input or []))
 
 
