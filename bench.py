@@ -41,7 +41,9 @@ class BenchConfig:
     input: str = ''  # for loss: Tiny Shakespeare's text, if it is not prepared or cannot be downloaded
     target: float = 1.88  # for loss: the validation loss over the whole split
     tokens: int = 300  # for sample: new tokens
-    size: Literal['small', 'default', 'gpt2'] = 'gpt2'  # for sample: ~1.6M, ~87M or GPT-2's 124M parameters
+    batch: int = 1  # for sample: samples at once
+    size: Literal['small', 'gpt2'] = 'gpt2'  # for sample: 2M or GPT-2's 124M parameters, random ones: their values do not change the speed
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # for sample: ours; auto as in sample.py. nanoGPT knows float32 only on a CPU
     device: str = 'auto'  # auto, cpu, cuda, mps
     json: str = ''  # write the figures to this file too
 
@@ -219,17 +221,14 @@ def main() -> None:
             words = [w.replace('=30', '=1').replace('log_interval=10', 'log_interval=1') for w in words]
         table.measure('train', config.rounds, lambda: child(OURS_TRAIN, words=words), None)
     if everything or config.mode == 'sample':
-        sizes = {
-            'small': dict(n_layer=4, n_head=5, n_embd=160, block_size=256, vocab_size=1024),
-            'default': dict(n_head=12, n_embd=768, n_layer=8),
-            'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257),
-        }
+        small = dict(n_layer=4, n_head=5, n_embd=160, block_size=256, vocab_size=4096)
+        gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
+        bf16 = device.startswith('cuda') or device == 'cpu' and config.size == 'gpt2' and torch.cpu._is_avx512_bf16_supported()
+        dtype = ('bfloat16' if bf16 else 'float32') if config.dtype == 'auto' else config.dtype
         tokens = min(config.tokens, 100) if everything and not config.peer else config.tokens
-        fast = 'bfloat16' if device == 'cpu' and torch.cpu._is_avx512_bf16_supported() or device.startswith('cuda') else 'float32'
-        common = dict(shape=sizes[config.size] | {'bias': True}, device=device, tokens=tokens, prompt=[1])
-        theirs = (lambda batch: lambda: child(PEER_SAMPLE, cwd=config.peer, batch=batch, **common)) if config.peer else lambda batch: None
-        for dtype in dict.fromkeys(('float32', fast)):
-            table.measure(f'sample {dtype}', config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, batch=1, **common), theirs(1))
+        common = dict(shape={'bias': True} | (small if config.size == 'small' else gpt2), device=device, tokens=tokens, prompt=[1], batch=config.batch)
+        theirs = (lambda: child(PEER_SAMPLE, cwd=config.peer, **common)) if config.peer else None
+        table.measure(f'sample {dtype}', config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, **common), theirs)
     if config.mode == 'loss':
         with tempfile.TemporaryDirectory() as data:
             made = subprocess.run(
@@ -250,7 +249,7 @@ def main() -> None:
                 'config/train_shakespeare_char.py',
                 'config/tiny.py',
                 f'--device={device}',
-                '--eval_interval=300',
+                '--eval_interval=360',
                 f'--target_val_loss={config.target}',
                 f'--dataset={data}',
             ]

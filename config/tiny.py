@@ -9,5 +9,5 @@ gradient_accumulation_steps = 1
 dropout = 0.0
 learning_rate = 1e-2
 warmup_iters = 20
-max_iters = 300
-eval_interval = 100
+max_iters = 360
+eval_interval = 120
