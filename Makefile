@@ -31,5 +31,4 @@ install-dev: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache out-* */__pycache__ __pycache__
-	rm -f data/*/*.bin data/*/meta.json data/*/meta.pkl
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ data/*/__pycache__

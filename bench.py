@@ -76,25 +76,27 @@ print('\\n' + json.dumps(result | {'memory_mb': round(memory)}))
         check=False,
     )
     if done.returncode:
-        raise UserError(f'a measured process failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300]}')
+        raise UserError(
+            f'a measured process failed: {(done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1][:300]}'
+        )
     return json.loads(done.stdout.strip().splitlines()[-1]) | {'wall_s': time.perf_counter() - began}
 
 
 OURS_TRAIN = """
-import csv, os, statistics, tempfile, torch
+import csv, os, statistics, tempfile
 from configurator import configure
-from train import TrainConfig, train
+from train import TrainConfig, torch, train
 with tempfile.TemporaryDirectory() as out:
     end = train(configure(TrainConfig, words + ['--out_dir=' + out]))
     with open(os.path.join(out, 'metrics.csv')) as f:
         rows = [r for r in csv.DictReader(f) if r['tokens_per_second']]
 result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': statistics.median(float(r['tokens_per_second']) for r in rows),
           'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows),
-          'first_step_s': time.time() - started - float(rows[-1]['seconds']) + float(rows[0]['seconds'])}
+          'first_step_s': end['first_step_at'] - started}
 """
 
 OURS_SAMPLE = """
-import torch
+import sample, torch
 from model import GPT, GPTConfig, pick_device
 torch.manual_seed(1337)
 device = pick_device(device)
@@ -226,7 +228,9 @@ def main() -> None:
         bf16 = device.startswith('cuda') or device == 'cpu' and config.size == 'gpt2' and torch.cpu._is_avx512_bf16_supported()
         dtype = ('bfloat16' if bf16 else 'float32') if config.dtype == 'auto' else config.dtype
         tokens = min(config.tokens, 100) if everything and not config.peer else config.tokens
-        common = dict(shape={'bias': True} | (small if config.size == 'small' else gpt2), device=device, tokens=tokens, prompt=[1], batch=config.batch)
+        common = dict(
+            shape={'bias': True} | (small if config.size == 'small' else gpt2), device=device, tokens=tokens, prompt=[1], batch=config.batch
+        )
         theirs = (lambda: child(PEER_SAMPLE, cwd=config.peer, **common)) if config.peer else None
         table.measure(f'sample {dtype}', config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, **common), theirs)
     if config.mode == 'loss':

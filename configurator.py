@@ -19,7 +19,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Callable, Sequence
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from typing import Any, TypeVar
 
 T = TypeVar('T')
@@ -31,6 +31,9 @@ class UserError(ValueError):
 
 def run(main: Callable[[], Any]) -> None:
     """Call `main()` as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
+    for stream in (sys.stdout, sys.stderr):  # Windows' default encoding lacks most of what a model may write
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding='utf-8', errors='replace')
     try:
         main()
         sys.stdout.flush()
@@ -43,6 +46,9 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a missing permission: the system's own words, without the stack
+        print(f'{os.path.basename(sys.argv[0])}: error: {error.filename or "input or output"}: {error.strerror or error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def configure(knobs: type[T], argv: Sequence[str] | None = None, description: str = '') -> T:
@@ -67,7 +73,7 @@ def configure(knobs: type[T], argv: Sequence[str] | None = None, description: st
         key = check_name(key.replace('-', '_'), types_, '--')
         if not equals:
             is_flag = bool in _members(types_[key])
-            if words and (_as_bool(words[0]) is not None if is_flag else not words[0].startswith('--')):
+            if words and (_fits(types_[key], words[0]) if is_flag else not words[0].startswith('--')):
                 text = words.pop(0)
             elif is_flag:
                 text = 'True'
@@ -138,9 +144,17 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     for member in _members(kind):
         try:
             return _convert(member, value)
-        except (ValueError, TypeError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, OverflowError):
             continue
     raise UserError(f'{name}={value}: expected {_describe(kind)}')
+
+
+def _fits(kind: Any, text: str) -> bool:
+    try:
+        convert('', kind, text)
+        return True
+    except UserError:
+        return False
 
 
 def _members(kind: Any) -> tuple:

@@ -60,7 +60,7 @@ def write_dataset(
         for (split, text, ends), ids in zip(batch, tokenizer.encode_batch([p[1] for p in batch])):
             array = np.concatenate([ids, separator if ends else []]).astype('<u2')
             files[split].write(array.tobytes())
-            size = len(text.encode('utf-8', 'surrogatepass'))
+            size = len(tokenizer.normalize(text).encode('utf-8', 'surrogatepass'))
             splits[split]['documents'] += ends
             splits[split]['tokens'] += len(array)
             splits[split]['bytes'] += size
@@ -104,13 +104,14 @@ def write_dataset(
             elif name == 'meta.pkl' and os.path.exists(os.path.join(folder, name)):
                 os.remove(os.path.join(folder, name))  # an older preparation's characters would mislead
     except OSError as error:
-        raise UserError(f'{folder}: {error.strerror}; nothing was changed') from None
+        raise UserError(f'{error.filename or folder}: {error.strerror}; nothing was changed') from None
     finally:
         bar.close()
         for f in files.values():
             f.close()
-        for left in glob.glob(os.path.join(glob.escape(folder), '*.tmp')):
-            os.remove(left)
+        for name in [f'{s}.bin' for s in need] + ['meta.pkl', 'meta.json']:
+            if os.path.exists(left := os.path.join(folder, f'{name}.tmp')):
+                os.remove(left)
     print(f'{folder}: {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}')
     for split in need:
         print(
@@ -148,6 +149,8 @@ class Split:
         counts = [max((len(s) - 1) // block_size - 1, min((len(s) - 1) // block_size, 1)) for s in self.shards]
         self.first = np.cumsum([0, *counts])  # window numbers at which the shards begin
         self.n_windows = int(self.first[-1])
+        if self.n_tokens < 2:
+            raise UserError(f'{paths[0]}: a single token has nothing to predict; prepare the dataset with more text')
         if self.n_windows == 0 and name == 'train':
             raise UserError(
                 f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
@@ -335,7 +338,17 @@ def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: 
         return CharTokenizer.train(texts(), **normalization)
     if name == 'bpe':
         return BPETokenizer.train(texts(), vocab_size, **normalization)
+    if any(normalization.values()):
+        raise UserError(f'tokenizer={name} brings its own normalization: leave lowercase and squeeze out')
     return load_tokenizer(name)
+
+
+def shown(path: str) -> str:
+    """The path as seen from here, which is shorter; as it is if it lies on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def song_head(artist: str = '', album: str = '', year: str | int | None = '', title: str = '') -> str:
@@ -376,14 +389,14 @@ def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md',
 
 
 def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
-    """A text file's text in pieces of whole lines, about a million characters each; line ends become \\n.
+    """A text file's text in pieces of whole lines, about 64,000 characters each; line ends become \\n.
 
     Without an `encoding` it is detected: UTF-8, UTF-16 with its mark, else charset-normalizer's guess.
     """
     encoding = encoding or detect_encoding(path)
     try:
         with open(path, encoding=encoding) as text:
-            while lines := text.readlines(1 << 20):
+            while lines := text.readlines(1 << 16):
                 yield ''.join(lines)
     except LookupError:
         raise UserError(f'encoding={encoding}: Python knows no such encoding') from None
@@ -463,11 +476,7 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
         raise UserError(f'{url} could not be fetched ({type(error).__name__}): {by_hand}') from None
     if sha256:
         with open(part, 'rb') as f:
-            if (
-                digest := hashlib.file_digest(f, 'sha256').hexdigest()
-                if hasattr(hashlib, 'file_digest')
-                else hashlib.sha256(f.read()).hexdigest()
-            ) != sha256:
+            if (digest := hashlib.sha256(f.read()).hexdigest()) != sha256:
                 os.remove(part)
                 raise UserError(f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}')
     os.replace(part, path)

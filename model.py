@@ -11,6 +11,8 @@ Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H
 import json
 import math
 import os
+import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
     'modern': dict(bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False),
 }
+GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_FILES = ('model.safetensors', 'pytorch_model.bin')
 NANOGPT_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -65,6 +69,8 @@ class GPTConfig:
             raise ValueError(f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}')
         if self.n_ff is None:
             self.n_ff = 32 * math.ceil(self.n_embd * 8 / 3 / 32) if self.mlp == 'swiglu' else 4 * self.n_embd
+        if self.n_ff < 1:
+            raise ValueError(f'n_ff={self.n_ff}: expected at least 1')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: expected a share from 0 to below 1')
         for key, known in (
@@ -229,7 +235,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
-        chunk = max(64, 2**23 // weight.size(0))  # about 32 MB of fp32 logits at a time
+        chunk = max(64, 2 ** (23 if device == 'cpu' else 27) // weight.size(0))  # fp32 logits: 32 MB at a time, or 512 on a GPU
         dx = torch.empty_like(x) if training else None
         dw = torch.zeros_like(weight) if training else None
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
@@ -492,31 +498,27 @@ class GPT(nn.Module):
         try:
             with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
                 hf = json.load(f)
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f'{folder}: no readable config.json ({error})') from None
-        if hf.get('model_type') != 'gpt2':
-            raise ValueError(f'{folder}: model_type is {hf.get("model_type")!r}, expected gpt2')
-        model = cls(
-            GPTConfig(
-                arch='gpt2',
-                n_layer=hf['n_layer'],
-                n_head=hf['n_head'],
-                n_embd=hf['n_embd'],
-                block_size=hf['n_positions'],
-                vocab_size=hf['vocab_size'],
-                n_ff=hf.get('n_inner'),
-                dropout=dropout,
-            )
-        )
-        path = os.path.join(folder, 'model.safetensors')
-        if os.path.exists(path):
-            from safetensors.torch import load_file
+            if hf['model_type'] != 'gpt2':
+                raise ValueError(f'model_type is {hf["model_type"]!r}, expected gpt2')
+            shape = {
+                own: hf[theirs]
+                for own, theirs in (('block_size', 'n_positions'), *((k, k) for k in ('n_layer', 'n_head', 'n_embd', 'vocab_size')))
+            }
+            model = cls(GPTConfig(arch='gpt2', n_ff=hf.get('n_inner'), dropout=dropout, **shape))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{folder}/config.json: not the description of a GPT-2 ({type(error).__name__}: {error})') from None
+        path = next((p for n in GPT2_FILES if os.path.exists(p := os.path.join(folder, n))), '')
+        if not path:
+            raise ValueError(f'{folder}: neither {" nor ".join(GPT2_FILES)} is there')
+        try:
+            if path.endswith('.safetensors'):
+                from safetensors.torch import load_file
 
-            weights = load_file(path)
-        elif os.path.exists(path := os.path.join(folder, 'pytorch_model.bin')):
-            weights = torch.load(path, map_location='cpu', weights_only=True)
-        else:
-            raise ValueError(f'{folder}: neither model.safetensors nor pytorch_model.bin is there')
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere in the readers
+            raise ValueError(f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})') from None
         own = model.state_dict()
         for name, value in weights.items():
             name = 'transformer.' + name.removeprefix('transformer.') if name != 'lm_head.weight' else name
@@ -527,17 +529,23 @@ class GPT(nn.Module):
             if name not in own or own[name].shape != value.shape:
                 raise ValueError(f'{path}: {name} {tuple(value.shape)} does not fit a GPT-2 of this config.json')
             own.pop(name).copy_(value)
-        if left := set(own) - {'lm_head.weight', 'transformer.wte.weight'}:
-            raise ValueError(f'{path}: lacks {sorted(left)[0]}')
+        if {'lm_head.weight', 'transformer.wte.weight'} - set(own):  # they are one matrix: either name brings it
+            own.pop('lm_head.weight', None), own.pop('transformer.wte.weight', None)
+        if own:
+            raise ValueError(f'{path}: lacks {sorted(own)[0]}')
         return model
+
+
+def is_gpt2(source: str) -> bool:
+    """Is this one of GPT-2's names, or a folder with such weights (not a checkpoint of ours)?"""
+    return source in GPT2_NAMES or any(os.path.exists(os.path.join(source, name)) for name in GPT2_FILES)
 
 
 def _download_gpt2(name: str) -> str:
     from huggingface_hub import snapshot_download
 
-    known = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-    if name not in known:
-        raise ValueError(f'{name}: neither a folder nor one of {", ".join(known)}')
+    if name not in GPT2_NAMES:
+        raise ValueError(f'{name}: neither a folder nor one of {", ".join(GPT2_NAMES)}')
     try:
         return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
     except Exception as error:  # the hub's client raises many kinds; each means that there are no weights
@@ -617,13 +625,13 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(params, updates):
                 rows = group['rows'] or [p.size(0)]
                 for weight, part in zip(p.split(rows), update.split(rows)):
-                    wide = part.size(0) > part.size(1)  # turn tall ones so that products are of the smaller side
-                    alike[min(part.shape), max(part.shape)].append((weight, part.t() if wide else part, wide, group))
+                    tall = part.size(0) > part.size(1)  # turn tall ones so that products are of the smaller side
+                    alike[min(part.shape), max(part.shape)].append((weight, part.t() if tall else part, tall, group))
         for (_, columns), items in alike.items():
             updates = orthogonalize(torch.stack([part for _, part, _, _ in items]))
-            for (weight, _, wide, group), update in zip(items, updates):
+            for (weight, _, tall, group), update in zip(items, updates):
                 weight.mul_(1 - group['lr'] * group['weight_decay'])
-                weight.add_(update.t() if wide else update, alpha=-group['lr'] * 0.2 * columns**0.5)
+                weight.add_(update.t() if tall else update, alpha=-group['lr'] * 0.2 * columns**0.5)
 
 
 def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -670,3 +678,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == 'float16' and device.type != 'cuda':
         raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
     return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]
+
+
+def can_compile(device: torch.device) -> str:
+    """'' if torch.compile can work on this device, else why not. What it needs: a C++ compiler; on CUDA, Triton and a C compiler."""
+    if device.type == 'cuda':
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return 'Triton is not installed'
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return 'this GPU is too old for Triton'
+        return '' if os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang'))) else 'no C compiler found'
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception:  # InvalidCxxCompiler moves between modules from version to version
+        return 'no C++ compiler found'
+    return ''
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
+    n = 4096 if device.type == 'cuda' else 768
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+
+    def seconds(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            c = a @ b
+        float(c[0, 0])  # waits for the device
+        return time.perf_counter() - start
+
+    seconds(2)
+    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))

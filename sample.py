@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # as in train.py: fast also beside other programs
+
 import torch
 
 import checkpoint
@@ -34,7 +36,7 @@ class SampleConfig:
     start: str = ''  # the text to continue, or FILE:prompt.txt; '': the beginning of a new document
     artist: str = ''  # for a model of lyrics: a song in the manner of this artist
     album: str = ''  # … from an album of this name
-    title: str = ''  # … of this title; a year is left to the model
+    title: str = ''  # … of this title
     # How to write
     num_samples: int = 3  # samples to write, as one batch
     max_new_tokens: int = 500  # tokens in each, unless the document ends before
@@ -52,7 +54,6 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
-    compile: bool = False  # torch.compile the model: worth its minute for long texts only
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens)
@@ -64,8 +65,8 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, ready to write, and its tokenizer. Raises UserError."""
     try:
         device = pick_device(config.device)
-        if config.init_from == 'resume':
-            path = checkpoint.find(config.out_dir)
+        path = checkpoint.find(config.out_dir) if config.init_from == 'resume' else ''
+        if path:
             state = checkpoint.load(path)
             model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)
         else:
@@ -79,8 +80,10 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(device, dtype).eval()
-    if config.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
+    print(
+        f'{path or config.init_from}: {model.num_params():,} parameters, {device.type}, {str(dtype).removeprefix("torch.")}',
+        file=sys.stderr,
+    )
     return model, tokenizer
 
 
@@ -120,12 +123,12 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         for row, token in zip(rows, tokens.tolist()):
             if token >= 0:
                 row.append(token)
-        if not config.json and len(rows[0]) and tokens[0] >= 0 and tokens[0] != tokenizer.eot:
+        if not config.json and tokens[0] >= 0 and (tokens[0] != tokenizer.eot or not config.stop_at_end):
             print(decode(int(tokens[0])), end='', flush=True)
     if not config.json:
         print()
     for i, row in enumerate(rows):
-        ended = bool(row) and row[-1] == tokenizer.eot
+        ended = config.stop_at_end and bool(row) and row[-1] == tokenizer.eot
         written = tokenizer.decode(row[:-1] if ended else row)
         if config.json:
             print(

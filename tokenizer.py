@@ -44,6 +44,8 @@ class Tokenizer:
         if self.squeeze:
             text = re.sub(r'[^\S\n]+', ' ', text.replace('\r\n', '\n').replace('\r', '\n'))
             text = re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', text)).strip(' ')
+        if not text.isascii() and re.search('[\ud800-\udfff]', text):  # half a character, from broken input: U+FFFD
+            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
         return text.lower() if self.lowercase else text
 
     def encode(self, text: str) -> list[int]:
@@ -172,7 +174,7 @@ class BPETokenizer(Tokenizer):
             vocab_size=vocab_size,
             special_tokens=[EOT],
             min_frequency=2,
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
         normalizer = Tokenizer(**normalization)
@@ -233,8 +235,12 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             return BPETokenizer(json.dumps(state['model']), **normalization)
         if state['kind'] == 'gpt2':
             return GPT2Tokenizer(**normalization)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f'this tokenizer description lacks {error}') from None
+    except UserError:
+        raise
+    except Exception as error:  # the library behind a kind raises plain Exceptions
+        raise UserError(f'this tokenizer description is damaged ({type(error).__name__}: {str(error)[:80]})') from None
     raise UserError(f'unknown tokenizer kind {state["kind"]!r}: expected char, bpe or gpt2')
 
 

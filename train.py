@@ -25,6 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# threads that wait sleep: spinning ones make a training beside any other program (a browser, a second run) several times slower
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -32,7 +35,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, read_tokenizer
-from model import GPT, GPTConfig, pick_device, pick_dtype
+from model import GPT, GPTConfig, can_compile, is_gpt2, matmul_ceiling, pick_device, pick_dtype
 from tokenizer import CharTokenizer, Tokenizer
 
 
@@ -70,7 +73,7 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # the gradient's longest norm; 0 is off
     # Learning rate over time
-    decay_lr: bool = True  # False: constant after the warm-up
+    decay_lr: bool = True  # False: constant, and no warm-up
     lr_schedule: Literal['cosine', 'linear'] = 'cosine'  # cosine from the start, or constant and then straight down (a warm-down)
     warmdown: float = 0.5  # for linear: the share of lr_decay_iters that goes down
     warmup_iters: int = 2000  # steps of straight rise at the start
@@ -82,7 +85,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between samples written into the log, taken at evaluations; 0 is off
-    sample_start: str = '\n'  # what those samples continue
+    sample_start: str = ''  # what those samples continue; '': the beginning of a document
     wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = 'lyregpt'  # the project there
     wandb_run_name: str | None = None  # the run's name there; None: out_dir
@@ -95,7 +98,7 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where the GPU has it, else float16; float32 on CPU
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
-    backend: str = 'auto'  # of torch.distributed: nccl or gloo
+    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto, and nccl without a GPU: what works here
     seed: int = 1337  # of initialization, data order and dropout
 
     def __post_init__(self) -> None:
@@ -125,7 +128,7 @@ METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as `config` says; returns step, val_loss, best_val_loss and the seconds spent in training steps alone.
+    """Train as `config` says; returns step, val_loss, best_val_loss, train_seconds (in training steps alone), first_step_at (a time).
 
     Raises UserError for what the user can mend. Ctrl-C or SIGTERM saves a checkpoint and raises SystemExit 130 or 143.
     """
@@ -140,24 +143,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
         dtype = pick_dtype(config.dtype, device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            'nccl'
-            if config.backend in ('auto', 'nccl') and device.type == 'cuda'
-            else 'gloo'
-            if config.backend in ('auto', 'nccl')
-            else config.backend
-        )
+        nccl = device.type == 'cuda' and dist.is_nccl_available() and config.backend != 'gloo'
+        dist.init_process_group('nccl' if nccl else 'gloo')
 
     # -------------------------------------------------------------------------
     # Where do we start: from nothing, from a checkpoint, from GPT-2
     state: dict[str, Any] = {}
-    source = ''
+    source = changes = ''
     if config.init_from == 'resume':
         source = checkpoint.find(config.out_dir, best=False)
         state = checkpoint.load(source)
         config = resume_config(config, state, source)
-    elif config.init_from != 'scratch' and not config.init_from.startswith('gpt2'):
+        before = state.get('config', {})
+        names = [n for n in sorted(given(config) - set(MACHINE_KNOBS)) if n in before and before[n] != getattr(config, n)]
+        changes = ', '.join(f'{n}={getattr(config, n)} (was {before[n]})' for n in names)
+    elif config.init_from != 'scratch' and not is_gpt2(config.init_from):
         source = checkpoint.find(config.init_from)
         state = checkpoint.load(source)
     folder = prepared_folder(config, local_rank, world_size)
@@ -167,7 +170,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
             f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}'
         )
-    if config.init_from.startswith('gpt2') and not state and tokenizer.kind != 'gpt2':
+    if is_gpt2(config.init_from) and tokenizer.kind != 'gpt2':
         raise UserError(f"{folder} has {tokenizer.kind} tokens, but {config.init_from} reads GPT-2's: prepare it with --tokenizer=gpt2")
 
     torch.manual_seed(config.seed)
@@ -180,15 +183,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
             model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
         else:
             model = GPT.from_pretrained(config.init_from, dropout=config.dropout)
-        if config.block_size < model.config.block_size and (
-            config.init_from == 'scratch' or 'block_size' in given(config) or config.init_from == 'resume'
-        ):
+        if 'block_size' in given(config) and config.block_size < model.config.block_size:
             model.crop_block_size(config.block_size)
-        for name, value in ((f.name, getattr(model.config, f.name)) for f in dataclasses.fields(GPTConfig)):
-            if config.init_from != 'scratch' and name in given(config) and name != 'dropout' and getattr(config, name) not in (value, None):
-                raise UserError(
-                    f'{name}={getattr(config, name)}, but {source or config.init_from} has {name}={value}: leave {name} out, or start from scratch'
-                )
+        shape = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
+        if config.init_from != 'scratch':
+            for name, value in shape.items():
+                longer = name == 'block_size' and config.init_from != 'resume'  # a config for longer texts takes what the weights have
+                if name in given(config) and getattr(config, name) not in (value, None) and name != 'dropout' and not longer:
+                    raise UserError(
+                        f'{name}={getattr(config, name)}, but {source or config.init_from} has {name}={value}: '
+                        f'leave {name} out, or start from scratch'
+                    )
+            config = with_knobs(config, shape)
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(device)
@@ -224,19 +230,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     step, best_val_loss, bad_evals, last_eval, seconds_before = 0, math.inf, 0, -1, 0.0
     if config.init_from == 'resume':
         load_optimizers(optimizers, state['optimizer'], source)
-        scaler.load_state_dict(state.get('scaler', {})) if state.get('scaler') else None
+        if state.get('scaler'):
+            scaler.load_state_dict(state['scaler'])
         step, best_val_loss = int(state['iter_num']), float(state['best_val_loss'])
         bad_evals, last_eval, seconds_before = state.get('bad_evals', 0), state.get('last_eval', -1), state.get('seconds', 0.0)
     del state
-    compiled, why = wants_compile(config.compile, device)
+    why = can_compile(device) if config.compile is True or config.compile == 'auto' and device.type == 'cuda' else ''
+    compiled = config.compile is True and not why or config.compile == 'auto' and device.type == 'cuda' and not why
     forward: Any = torch.compile(model) if compiled else model
     if world_size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[local_rank] if device.type == 'cuda' else None)
+        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == 'cuda' else None)
 
     # -------------------------------------------------------------------------
     # What the outside sees: a log, a table of figures, checkpoints
-    log = Log(config, step, tokenizer) if main else None
-    say = log.say if log else lambda text: None
+    log = Log(config, step, tokenizer) if main and not config.eval_only else None
+    say = log.say if log else print if main else lambda text: None
     eval_rows = max(micro, 16384 // block_size)
     windows = val_split.eval_windows(config.eval_iters and config.eval_iters * config.batch_size)
     say(
@@ -251,6 +259,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
         f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}'
     )
+    if config.init_from == 'resume':
+        say(f'resuming {source} at step {step:,}' + (f', with {changes}' if changes else ''))
     ceiling = matmul_ceiling(device, dtype)
 
     @torch.no_grad()
@@ -268,6 +278,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             total = total.to(device) if device.type == 'cuda' else total
             dist.all_reduce(total)
         return float(total[0] / total[1])
+
+    def bits(loss: float) -> str:
+        return f', {loss / ratio / math.log(2):.3f} bits per byte' if ratio else ''
 
     def save(name: str, **more: Any) -> None:
         """Write out_dir/name. A full disk does not end a long run: it is said, and the last good file stays."""
@@ -288,6 +301,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 },
             )
             unsaved.pop(name, None)
+            saved[name] = step
         except OSError as error:
             unsaved[name] = str(error.strerror or error)
             say(
@@ -297,6 +311,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def save_checkpoint() -> None:
         if main:
+            if 'best.pt' not in saved and os.path.exists(stale := os.path.join(config.out_dir, 'best.pt')):
+                os.remove(stale)  # an earlier run's, in the same folder: sample.py would take it for this one's
             save(
                 'ckpt.pt',
                 optimizer={k: o.state_dict() for k, o in optimizers.items()},
@@ -308,27 +324,35 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def went_wrong(what: str, at: int) -> str:
         return (
-            f'the {what} became NaN or infinite at step {at}; {config.out_dir}/ckpt.pt keeps the last good state. '
-            f'Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32'
+            f'the {what} became NaN or infinite at step {at}; '
+            + (
+                f'{config.out_dir}/ckpt.pt keeps the last good state, of step {saved["ckpt.pt"]}. '
+                if 'ckpt.pt' in saved
+                else 'nothing was saved yet. '
+            )
+            + f'Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32'
         )
 
+    saved: dict[str, int] = {'ckpt.pt': step, 'best.pt': step} if config.init_from == 'resume' else {}  # file: step it holds
     unsaved: dict[str, str] = {}
     if config.eval_only:
+        pool.shutdown()
         val_loss = evaluate()
-        say(f'validation loss {val_loss:.4f} nats per token' + (f', {val_loss / ratio / math.log(2):.4f} bits per byte' if ratio else ''))
-        if log:
-            log.close()
+        say(f'validation loss {val_loss:.4f} nats per token{bits(val_loss)}')
+        if world_size > 1:
+            dist.destroy_process_group()
         return {'step': step, 'val_loss': val_loss, 'best_val_loss': min(val_loss, best_val_loss), 'train_seconds': 0.0}
 
     # -------------------------------------------------------------------------
     # The loop
-    stop: dict[str, Any] = {'signal': None}
-    restore = catch_signals(stop)
+    asked: dict[str, int] = {'signal': 0}  # the signal that this process got
+    stopping = 0  # the signal that all processes agreed to stop for
+    restore = catch_signals(asked)
     bar = tqdm(
         total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), unit='step', dynamic_ncols=True, smoothing=0.05
     )
     began = last_log = time.perf_counter()
-    train_seconds, val_loss, train_loss, outcome, told = 0.0, math.nan, math.nan, '', False
+    train_seconds, first_step_at, val_loss, train_loss, outcome, told = 0.0, 0.0, math.nan, math.nan, '', False
     losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
     grad_norm: Any = 0.0
     model.train()
@@ -336,8 +360,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     try:
         while True:
             # Evaluate, and save what we have
-            if step != last_eval and (step == config.max_iters or step > 0 and step % config.eval_interval == 0) and not stop['signal']:
+            if step != last_eval and (step == config.max_iters or step > 0 and step % config.eval_interval == 0) and not stopping:
                 val_loss, last_eval = evaluate(), step
+                if not math.isfinite(val_loss):
+                    raise UserError(went_wrong('validation loss', step))
                 better = val_loss < best_val_loss
                 best_val_loss, bad_evals = min(val_loss, best_val_loss), 0 if better else bad_evals + 1
                 if log:
@@ -348,11 +374,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         val_loss=val_loss,
                         val_bpb=val_loss / ratio / math.log(2) if ratio else None,
                     )
-                    say(
-                        f'step {step:,}: validation loss {val_loss:.4f}'
-                        + (f', {val_loss / ratio / math.log(2):.3f} bits per byte' if ratio else '')
-                        + (' (the best so far)' if better else f' (best {best_val_loss:.4f})')
-                    )
+                    remark = 'the best so far' if better else f'best {best_val_loss:.4f}'
+                    say(f'step {step:,}: validation loss {val_loss:.4f}{bits(val_loss)} ({remark})')
                     if bad_evals >= 3 and not told and train_loss < best_val_loss:
                         say(
                             f'The validation loss has not improved for {bad_evals} evaluations while the training loss fell to {train_loss:.3f}: the model is '
@@ -370,7 +393,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 elif config.patience and bad_evals >= config.patience:
                     outcome = f'no better validation loss for {bad_evals} evaluations (patience)'
                 last_log = time.perf_counter()
-            if stop['signal'] or outcome or step >= config.max_iters:
+            if stopping or outcome or step >= config.max_iters:
                 break
 
             # One step: forward and backward over this process's windows, then the update
@@ -380,7 +403,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group['lr'] = lr
             if config.dropout:
-                torch.manual_seed((config.seed * 1_000_003 + step) * world_size + rank)  # dropout's dice, a function of the step
+                torch.manual_seed(((config.seed * 1_000_003 + step) * world_size + rank) % 2**63)  # dropout's dice, a function of the step
             step_loss = torch.zeros((), device=device)
             for at in range(0, share, micro):
                 x, y = upcoming.result()
@@ -405,14 +428,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
             # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
             ends = step % config.eval_interval == 0 or step == config.max_iters
-            if step % config.log_interval == 0 or ends or (stop['signal'] and world_size == 1):
+            logs = step % config.log_interval == 0 or ends
+            if world_size == 1:
+                stopping = asked['signal']
+            elif logs or device.type == 'cpu':
+                signals = torch.tensor([asked['signal']], device=device)
+                dist.all_reduce(signals, dist.ReduceOp.MAX)
+                stopping = int(signals)
+            if logs or stopping:
                 read = torch.stack(losses)
                 if world_size > 1:
-                    asked = torch.tensor([float(stop['signal'] or 0)], device=device)
-                    dist.all_reduce(asked, dist.ReduceOp.MAX)
-                    stop['signal'] = int(asked) or None
-                    dist.all_reduce(read, dist.ReduceOp.AVG if device.type == 'cuda' else dist.ReduceOp.SUM)
-                    read = read if device.type == 'cuda' else read / world_size
+                    dist.all_reduce(read)
+                    read /= world_size
                 if len(bad := (~read.isfinite()).nonzero()):
                     raise UserError(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
                 if not scaler.is_enabled() and not math.isfinite(float(grad_norm)):
@@ -442,6 +469,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                             f'measured ceiling, {clock((config.max_iters - step) * tokens_per_step / speed)} left'
                         )
             train_seconds += time.perf_counter() - started
+            first_step_at = first_step_at or time.time()
         if step != last_eval or config.always_save_checkpoint is False:
             save_checkpoint()
     finally:
@@ -461,8 +489,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise UserError(
                 '; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume'
             )
-        if stop['signal']:
-            say(f'{signal.Signals(stop["signal"]).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
+        if stopping:
+            say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
         else:
             say(
                 f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
@@ -471,9 +499,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         log.close()
     if world_size > 1:
         dist.destroy_process_group()
-    if stop['signal']:
-        sys.exit(128 + stop['signal'])
-    return {'step': step, 'val_loss': val_loss, 'best_val_loss': best_val_loss, 'train_seconds': train_seconds}
+    if stopping:
+        sys.exit(128 + stopping)
+    return {
+        'step': step,
+        'val_loss': val_loss,
+        'best_val_loss': best_val_loss,
+        'train_seconds': train_seconds,
+        'first_step_at': first_step_at,
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -482,10 +516,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of the step that takes us from `step` to `step + 1` updates."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
         return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     end = config.lr_decay_iters or config.max_iters
     low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
     if config.lr_schedule == 'linear':
@@ -529,9 +563,17 @@ def resume_config(config: TrainConfig, state: dict[str, Any], path: str) -> Trai
     known = {k: v for k, v in state.get('config', {}).items() if k in names}
     if 'param_groups' in state['optimizer']:  # nanoGPT's: one AdamW, and a model of GPT-2's kind
         known |= {'optimizer': 'adamw', 'arch': 'gpt2'}
-    merged = dataclasses.replace(config, **known | {k: v for k, v in state['model_args'].items() if k in names})
-    object.__setattr__(merged, 'given', given(config))
-    return merged
+    try:
+        return with_knobs(config, known | {k: v for k, v in state['model_args'].items() if k in names})
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{path} cannot go on with these knobs: {error}') from None
+
+
+def with_knobs(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """The config with other values; what the user set stays known."""
+    changed = dataclasses.replace(config, **values)
+    object.__setattr__(changed, 'given', given(config))
+    return changed
 
 
 def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[str, Any], path: str) -> None:
@@ -542,8 +584,11 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
             f'{path}: was trained with {" and ".join(saved)}, now asked to go on with {" and ".join(optimizers)}: leave optimizer out'
         )
     for name, optimizer in optimizers.items():
+        knobs = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(saved[name])
+            for group, now in zip(optimizer.param_groups, knobs):
+                group.update(now)  # the checkpoint brings the state; the knobs are this run's
         except (ValueError, KeyError) as error:
             raise UserError(f'{path}: its optimizer state does not fit this model ({error})') from None
         for p, values in optimizer.state.items():
@@ -552,54 +597,19 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
                     values[key] = value[: p.size(0)].clone()
 
 
-def wants_compile(choice: bool | str, device: torch.device) -> tuple[bool, str]:
-    """Shall the model be compiled, and if that is not what was asked for, why not?"""
-    if choice is False or choice == 'auto' and device.type != 'cuda':
-        return False, ''
-    if device.type == 'cuda':
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return False, 'Triton is not installed'
-        return True, ''
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception:  # InvalidCxxCompiler moves between modules from version to version
-        return False, 'no C++ compiler found'
-    return True, ''
-
-
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
-    n = 4096 if device.type == 'cuda' else 768
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-
-    def seconds(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            c = a @ b
-        float(c[0, 0])  # waits for the device
-        return time.perf_counter() - start
-
-    seconds(2)
-    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))
-
-
 def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200) -> str:
     """A short text by the model as it is now; draws nothing from training's dice."""
     known = ''.join(c for c in start if not isinstance(tokenizer, CharTokenizer) or c in tokenizer.chars)
-    prompt = tokenizer.encode(known) or [tokenizer.eot or 0]
+    prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(known) or [0]
     ids = [int(t) for t in model.generate([prompt], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size)]
-    return '--- sample\n' + tokenizer.decode(prompt + ids) + '\n---'
+    return '--- sample\n' + known + tokenizer.decode(ids) + '\n---'
 
 
-def catch_signals(stop: dict[str, Any]) -> Any:
+def catch_signals(asked: dict[str, int]) -> Any:
     """Let Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once. Returns what undoes this."""
 
     def ask(number: int, frame: Any) -> None:
-        stop['signal'] = number
+        asked['signal'] = number
         signal.signal(number, old[number])
 
     try:
@@ -697,5 +707,18 @@ class Log:
                     closing()
 
 
+def main() -> None:
+    config = configure(TrainConfig, description='Train a GPT.')
+    try:
+        train(config)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and 'not enough memory' not in str(error) and 'allocate memory' not in str(error):
+            raise
+        raise UserError(
+            f'out of memory: halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps (now '
+            f'{config.gradient_accumulation_steps}), which changes nothing else; or use a shorter block_size or a smaller model'
+        ) from None
+
+
 if __name__ == '__main__':
-    run(lambda: train(configure(TrainConfig, description='Train a GPT.')))
+    run(main)

@@ -1,7 +1,7 @@
 # Fine-tune GPT-2 on the lyrics: it brings the English, your songs bring the manner.
 #   python data/darklyrics/prepare.py --tokenizer=gpt2 --out_dir=data/darklyrics_gpt2     (train.py does this itself)
 #   python train.py config/finetune_darklyrics.py
-# To fine-tune a model of your own instead: --init_from=out-darklyrics --dataset=… (prepared with its tokenizer).
+# To fine-tune a model of your own instead: --init_from=out-mine --dataset=other --prepare= (a dataset made with --tokenizer=out-mine/tokenizer.json).
 
 out_dir = 'out-darklyrics-gpt2'
 dataset = 'darklyrics_gpt2'

@@ -78,6 +78,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         subprocess.run(['umount', str(disk)])
 
 
+def test_a_flipped_bit_is_noticed(trained, tmp_path):
+    whole = bytearray((trained / 'ckpt.pt').read_bytes())
+    for at in range(3000, len(whole) - 3000, len(whole) // 7):
+        damaged = whole.copy()
+        damaged[at] ^= 1
+        (tmp_path / 'c.pt').write_bytes(damaged)
+        try:
+            state = checkpoint.load(str(tmp_path / 'c.pt'))
+        except UserError:
+            continue
+        pristine = checkpoint.load(str(trained / 'ckpt.pt'))  # it hit padding between records
+        assert all(torch.equal(a, b) for a, b in zip(state['model'].values(), pristine['model'].values(), strict=True))
+
+
 def test_out_dir_prefers_the_best(trained, tmp_path):
     assert checkpoint.find(str(trained)).endswith('best.pt') and checkpoint.find(str(trained), best=False).endswith('ckpt.pt')
     shutil.copy(trained / 'ckpt.pt', tmp_path)

@@ -262,6 +262,30 @@ def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
     assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[: int(len(text) * 0.9)]]
 
 
+def test_shakespeare_in_gpt2s_tokens(tmp_path):
+    source, cache = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt', ROOT.parent / 'shared' / 'tiktoken_cache'
+    if not source.exists() or not cache.exists():
+        pytest.skip("Tiny Shakespeare or GPT-2's tokenizer files are not at hand (shared data)")
+    done = script('data/shakespeare/prepare.py', f'--input={source}', f'--out_dir={tmp_path}', TIKTOKEN_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    counts = read_meta(str(tmp_path))['splits']
+    assert abs(counts['train']['tokens'] - 301_966) < 20 and abs(counts['val']['tokens'] - 36_059) < 20, (
+        "nanoGPT's counts, but for where pieces meet"
+    )
+
+
+def test_bytes_are_those_of_the_text_as_it_is_encoded(tmp_path):
+    tokenizer = CharTokenizer.train(['a b'], squeeze=True)
+    meta = write_dataset(str(tmp_path), [('train', 'a    b' * 9, True), ('val', 'a b', True)], tokenizer)
+    assert meta['splits']['train'] == {'documents': 1, 'tokens': 28, 'bytes': 27}
+
+
+def test_other_peoples_files_stay(tmp_path):
+    (tmp_path / 'notes.tmp').write_text('mine')
+    write_dataset(str(tmp_path), [('train', 'abc', True), ('val', 'ab', True)], CharTokenizer.train(['abc']))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'meta.pkl', 'notes.tmp', 'train.bin', 'val.bin']
+
+
 def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
     """Against a real HTTP server on this machine that cuts the first answer in half."""
     import hashlib

@@ -209,21 +209,14 @@ def test_stopping(chars, tmp_path):
 
 
 def test_nan_stops_and_keeps_the_last_good_state(chars, tmp_path):
-    with pytest.raises(UserError, match=r'the loss became .* at step \d+; .*keeps the last good state'):
-        train(
-            tiny(
-                chars,
-                tmp_path,
-                '--max_iters=2000',
-                '--arch=gpt2',
-                '--optimizer=adamw',
-                '--learning_rate=1e30',
-                '--grad_clip=0',
-                '--warmup_iters=40',
-                '--eval_interval=1',
-            )
-        )
+    settings = ['--arch=gpt2', '--optimizer=adamw', '--grad_clip=0', '--warmup_iters=0', '--eval_interval=5']
+    train(tiny(chars, tmp_path, '--max_iters=5', *settings))
+    with pytest.raises(UserError, match=r'became NaN or infinite at step [67]; .*keeps the last good state, of step 5'):
+        train(tiny(chars, tmp_path, '--max_iters=100', '--init_from=resume', *settings, '--learning_rate=1e30', '--log_interval=1'))
     assert all(w.isfinite().all() for w in weights(tmp_path).values())
+    with pytest.raises(UserError, match='nothing was saved yet'):
+        train(tiny(chars, tmp_path / 'new', *settings, '--learning_rate=1e30'))
+    assert not (tmp_path / 'new' / 'ckpt.pt').exists()
 
 
 def test_evaluation_is_the_whole_split_by_any_cut(chars, trained, tmp_path):
@@ -253,6 +246,7 @@ def test_crop_then_resume(chars, tmp_path):
         (['--block_size=64'], 'block_size=64, but'),
         (['--optimizer=adamw'], 'leave optimizer out'),
         (['--mlp=gelu'], 'mlp=gelu, but'),
+        (['--n_head=3'], 'n_head=3 does not divide'),
     ],
 )
 def test_resuming_as_something_else(chars, trained, tmp_path, more, message):
@@ -283,6 +277,8 @@ def test_best_weights_cannot_be_resumed(chars, trained, tmp_path):
         (['--block_size=100000'], 'fewer than one window'),
         (['--dtype=float16'], 'dtype=float16 needs a GPU'),
         (['--learning_rate=-1'], 'learning_rate=-1'),
+        (['--n_ff=-1'], 'n_ff=-1'),
+        (['--max_iters=inf'], 'expected a whole number'),
         (['--out_dir=/proc/x'], 'cannot be written'),
     ],
 )
@@ -350,7 +346,7 @@ def test_learning_rate_schedule():
     assert learning_rate(TrainConfig(warmup_iters=100, lr_decay_iters=100, max_iters=200), 150) > 0, (
         'no division by zero when warm-up equals decay'
     )
-    assert learning_rate(TrainConfig(decay_lr=False, warmup_iters=0), 10**6) == 6e-4
+    assert {learning_rate(TrainConfig(decay_lr=False), s) for s in (0, 10**6)} == {6e-4}, 'as nanoGPT: no warm-up either'
 
 
 def test_compiled_training(chars, tmp_path):
@@ -391,3 +387,79 @@ def test_from_python_without_the_command_line(chars, tmp_path):
         )
     )
     assert end['step'] == 3
+
+
+def test_evaluation_alone_writes_nothing(chars, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 't')
+    before = {p.name: p.read_bytes() for p in (tmp_path / 't').iterdir()}
+    train(tiny(chars, tmp_path / 't', f'--init_from={tmp_path / "t"}', '--eval_only'))
+    assert {p.name: p.read_bytes() for p in (tmp_path / 't').iterdir()} == before
+
+
+def test_a_new_run_in_an_old_folder_drops_the_old_best(chars, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 't')
+    process = subprocess.Popen(
+        [sys.executable, *command(chars, tmp_path / 't', '--max_iters=1000000', '--eval_interval=100000')],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    next(line for line in process.stdout if line.startswith('step 10'))
+    process.terminate()
+    process.communicate()
+    assert not (tmp_path / 't' / 'best.pt').exists() and (tmp_path / 't' / 'ckpt.pt').exists()
+
+
+def test_resume_takes_this_runs_optimizer_knobs(chars, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 't')
+    train(tiny(chars, tmp_path / 't', '--init_from=resume', '--max_iters=61', '--weight_decay=0.7', '--beta1=0.5'))
+    state = checkpoint.load(str(tmp_path / 't' / 'ckpt.pt'))['optimizer']
+    assert {g['betas'][0] for g in state['adamw']['param_groups']} == {0.5} and {
+        g['weight_decay'] for g in state['muon']['param_groups']
+    } == {0.7}
+    assert 'weight_decay=0.7 (was 0.1)' in (tmp_path / 't' / 'train.log').read_text(encoding='utf-8')
+
+
+def test_init_from_a_folder_of_gpt2_weights(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    (tmp_path / 'd').mkdir()
+    for split in 'train', 'val':
+        np.random.default_rng(0).integers(0, 50257, 200).astype('<u2').tofile(tmp_path / 'd' / f'{split}.bin')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'hf')
+    config = [
+        f'--dataset={tmp_path / "d"}',
+        f'--out_dir={tmp_path / "out"}',
+        f'--init_from={tmp_path / "hf"}',
+        '--device=cpu',
+        '--max_iters=2',
+        '--batch_size=1',
+    ]
+    train(
+        configure(
+            TrainConfig, [*config, '--gradient_accumulation_steps=1', '--learning_rate=1e-5', '--optimizer=adamw', '--block_size=512']
+        )
+    )
+    state = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    assert state['config']['n_layer'] == 1 and state['config']['block_size'] == 32 and state['tokenizer']['kind'] == 'gpt2'
+    (tmp_path / 'hf' / 'model.safetensors').write_bytes((tmp_path / 'hf' / 'model.safetensors').read_bytes()[:1000])
+    with pytest.raises(UserError, match='model.safetensors: damaged'):
+        train(configure(TrainConfig, config))
+
+
+@pytest.mark.parametrize('whom', ['all', 'one'])
+def test_a_signal_to_several_processes_saves(chars, tmp_path, whom):
+    words = command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000', '--gradient_accumulation_steps=2')
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *words]
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(
+        launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True
+    )
+    next(line for line in process.stdout if line.startswith('step 10'))
+    if whom == 'all':
+        process.send_signal(signal.SIGTERM)
+    else:
+        workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGTERM)
+    process.communicate(timeout=60)
+    step = checkpoint.load(str(tmp_path / 'ckpt.pt'))['iter_num']
+    assert step > 0 and train(tiny(chars, tmp_path, '--init_from=resume', f'--max_iters={step + 2}'))['step'] == step + 2

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, pick_split, read_jsonl, song_head, write_dataset  # noqa: E402
+from dataset import Piece, choose_tokenizer, pick_split, read_jsonl, shown, song_head, write_dataset  # noqa: E402
 
 
 @dataclass
 class PrepareConfig:
     input: str = ''  # JSON Lines, one song each; '': lyrics.jsonl beside this file if there is one, else demo.jsonl
-    out_dir: str = os.path.relpath(HERE)  # where the token files go
+    out_dir: str = shown(HERE)  # where the token files go
     tokenizer: str = 'bpe'  # bpe, char, gpt2, or a tokenizer.json or meta.json to use again
     vocab_size: int = 4096  # for bpe: enough that most common words are one token
     lowercase: bool = False  # turn all words to lower case
@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = choose_tokenizer(
         config.tokenizer, lambda: (text for _, text, _ in songs()), config.vocab_size, lowercase=config.lowercase, squeeze=config.squeeze
     )
-    write_dataset(config.out_dir, songs(), tokenizer, os.path.getsize(path), source=os.path.relpath(path))
+    write_dataset(config.out_dir, songs(), tokenizer, os.path.getsize(path), source=shown(path))
 
 
 if __name__ == '__main__':

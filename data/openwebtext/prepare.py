@@ -2,7 +2,7 @@
 
 pip install datasets
 python data/openwebtext/prepare.py                         (streams about 13 GB, writes 17 GB)
-python data/openwebtext/prepare.py --input=pages.jsonl     (takes your copy: .jsonl with a text field, or .txt)
+python data/openwebtext/prepare.py --input=pages.jsonl     (takes your copy: .jsonl with a text field)
 """
 
 import os
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, find_files, pick_split, read_jsonl, read_pieces, write_dataset  # noqa: E402
+from dataset import Piece, find_files, pick_split, read_jsonl, shown, write_dataset  # noqa: E402
 from tokenizer import GPT2Tokenizer  # noqa: E402
 
 
 @dataclass
 class PrepareConfig:
-    input: str = ''  # a file or folder of .jsonl or .txt; '': streamed from the Hugging Face hub
-    out_dir: str = os.path.relpath(HERE)  # where the token files go
+    input: str = ''  # a file or folder of .jsonl with a text field; '': streamed from the Hugging Face hub
+    out_dir: str = shown(HERE)  # where the token files go
     val_fraction: float = 0.0005  # share of the pages kept for validation
     max_documents: int = 0  # stop after this many pages; 0: all
     seed: int = 1337  # of the split
@@ -29,14 +29,17 @@ class PrepareConfig:
 
 def main() -> None:
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
-    by_hand = 'get the pages by hand and name them with --input=FILE (.jsonl with a text field, or .txt)'
+    by_hand = 'get the pages by hand and name them with --input=FILE (.jsonl with a text field)'
     if config.offline and not config.input:
         raise UserError(f'openwebtext comes from the network, and nothing is downloaded now: {by_hand}')
 
     def texts() -> Iterator[str]:
         if config.input:
-            for path in find_files([config.input]):
-                yield from (r['text'] for r in read_jsonl(path)) if path.endswith('.jsonl') else [''.join(read_pieces(path))]
+            for path in find_files([config.input], ('.jsonl',)):
+                for number, page in enumerate(read_jsonl(path), 1):
+                    if not isinstance(page.get('text'), str):
+                        raise UserError(f'{path}, record {number}: no field text in it')
+                    yield page['text']
             return
         try:
             from datasets import load_dataset
@@ -44,7 +47,7 @@ def main() -> None:
             raise UserError(f'this dataset is streamed by the datasets library: pip install datasets; or {by_hand}') from None
         try:
             yield from (page['text'] for page in load_dataset('Skylion007/openwebtext', split='train', streaming=True))
-        except OSError as error:  # requests' and the hub's errors are OSErrors
+        except Exception as error:  # the hub's client raises many kinds; each means that the pages cannot be had
             raise UserError(f'the hub could not be reached ({type(error).__name__}): {by_hand}') from None
 
     def pages() -> Iterator[Piece]:

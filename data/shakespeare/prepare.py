@@ -11,8 +11,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import download, read_pieces, split_text, write_dataset  # noqa: E402
-from tokenizer import CharTokenizer  # noqa: E402
+from dataset import download, read_pieces, shown, split_text, write_dataset  # noqa: E402
+from tokenizer import GPT2Tokenizer  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -21,7 +21,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 @dataclass
 class PrepareConfig:
     input: str = ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
-    out_dir: str = os.path.relpath(HERE)  # where the token files go
+    out_dir: str = shown(HERE)  # where the token files go
     offline: bool = False  # download nothing
 
 
@@ -30,8 +30,7 @@ def main() -> None:
     if config.input and not os.path.isfile(config.input):
         raise UserError(f'{config.input}: no such file')
     path = config.input or download(URL, os.path.join(HERE, 'input.txt'), SHA256, config.offline)
-    # no document end: nanoGPT's vocabulary of this text is its 65 characters alone
-    tokenizer = CharTokenizer.train(read_pieces(path), special=())
+    tokenizer = GPT2Tokenizer()
     write_dataset(
         config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL
     )

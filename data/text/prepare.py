@@ -13,13 +13,13 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, split_text, write_dataset  # noqa: E402
+from dataset import Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
 
 
 @dataclass
 class PrepareConfig:
     input: list[str] | None = None  # files and folders, as in --input=a.txt,songs/
-    out_dir: str = os.path.relpath(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
+    out_dir: str = shown(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
     encoding: str = ''  # of the files; '': detected
     text_field: str = ''  # for .jsonl: which field holds the text; '': the first there is of text, lyrics, content
     tokenizer: str = 'bpe'  # bpe (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
