@@ -297,8 +297,8 @@ READERS = {LETTER: read_letter, ARTIST: read_artist, ALBUM: read_album}
 class Store:
     """The crawl's file: pages as they came, the links and songs read from them, and what was not understood."""
 
-    def __init__(self, folder: str, base_url: str):
-        self.folder, self.base_url = folder, base_url.rstrip('/')
+    def __init__(self, folder: str, base_url: str | None):  # None: whatever site the crawl is of
+        self.folder, self.base_url = folder, (base_url or '').rstrip('/')
         self.path = os.path.join(folder, 'pages.sqlite')
         try:
             os.makedirs(folder, exist_ok=True)
@@ -326,6 +326,8 @@ class Store:
         ):
             self.db.execute(statement)
         owner = self.db.execute('SELECT base_url FROM crawl').fetchone()
+        if owner and not self.base_url:
+            self.base_url = owner[0]
         if owner and owner[0] != self.base_url:
             raise UserError(f'{self.path} holds a crawl of {owner[0]}, not of {self.base_url}: name another --crawl_dir')
         if not owner:
@@ -580,7 +582,8 @@ def after(value: str | None) -> float:
 
 class Crawl:
     def __init__(self, config: ScrapeConfig, store: Store, site: Site):
-        self.config, self.store, self.site, self.new_albums = config, store, site, 0
+        self.config, self.store, self.site, self.new_albums, self.new_songs = config, store, site, 0, 0
+        self.next_line = 0
         self.bar = tqdm(unit='page', disable=None, dynamic_ncols=True)
 
     def page(self, path: str, kind: str) -> list[tuple[str, str]]:
@@ -598,6 +601,7 @@ class Crawl:
             self.store.problem(path, f'gone since we fetched it (status {answer[0]}); the kept page stays')
         elif answer[0] != 304:
             self.store.save(path, kind, *answer)
+            self.new_songs += len(answer[3][0]) if kind == ALBUM and answer[3] else 0
             if answer[0] != 200:
                 self.store.problem(path, f'the site has no such page (status {answer[0]})')
         self.bar.update(1)
@@ -634,10 +638,14 @@ class Crawl:
                     self.page(album, ALBUM)
                     self.new_albums += 1
                 left = (len(artists) - number - 1) * (1 + len(albums)) + len(albums) - place - 1
-                hours = left * self.site.pace * 1.2 / 3600
-                self.bar.set_postfix_str(
-                    f'artist {number + 1}/{len(artists)} {name[:20]}, {self.new_albums} new albums, ~{left} requests, {hours:.1f} h left'
+                told = (
+                    f'artist {number + 1}/{len(artists)} {name[:20]}, {self.new_albums} albums and {self.new_songs} songs in this run, '
+                    f'about {left} requests and {left * self.site.pace * 1.2 / 3600:.1f} hours left'
                 )
+                self.bar.set_postfix_str(told)
+                if self.bar.disable and self.site.requests >= self.next_line:  # no terminal: a plain line now and then
+                    self.next_line = self.site.requests + 50
+                    print(told, flush=True)
 
 
 def names_of(text: str) -> list[str]:
@@ -666,7 +674,7 @@ def scrape(config: ScrapeConfig) -> None:
     if (config.stats or config.parse_only) and not os.path.exists(os.path.join(config.crawl_dir, 'pages.sqlite')):
         raise UserError(f'{config.crawl_dir}: no crawl is there')
     try:
-        with contextlib.closing(Store(config.crawl_dir, config.base_url)) as store:
+        with contextlib.closing(Store(config.crawl_dir, None if config.stats or config.parse_only else config.base_url)) as store:
             if config.stats:
                 return print(store.summary())
             if config.parse_only:

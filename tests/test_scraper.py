@@ -300,7 +300,7 @@ def test_choices_and_limits(tmp_path, capsys):
         before = len(site.requests)
         crawl(site, tmp_path / 'e', '--letters=all', '--max_requests=7')
         assert len(site.requests) - before == 7 and 'max_requests=7 reached' in capsys.readouterr().out
-        crawl(site, tmp_path / 'd', '--stats')
+        scraper.scrape(scraper.ScrapeConfig(crawl_dir=str(tmp_path / 'd'), stats=True))
         assert '4 of' in capsys.readouterr().out
 
 
