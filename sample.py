@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # as in train.py: fast also beside other programs
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in train.py: fast also beside other programs
 
 import torch
 

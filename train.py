@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# threads that wait sleep: spinning ones make a training beside any other program (a browser, a second run) several times slower
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# threads that wait go to sleep soon: spinning ones make a training beside any other program (a browser, a second run) several times slower
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 import torch.distributed as dist

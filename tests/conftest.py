@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DEMO = ROOT / 'data' / 'darklyrics' / 'demo.jsonl'
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import torch  # noqa: E402
 
 from configurator import configure  # noqa: E402
