@@ -1,16 +1,20 @@
-"""Measure: training and sampling speed, time to a loss, start-up, memory; beside a nanoGPT checkout if you have one.
+"""Measure: training, time to a loss, sampling, data, memory; beside a nanoGPT checkout if you have one.
 
-    python bench.py                                        (a short round of everything on this machine)
+    python bench.py                                                       (a short round of everything on this machine)
     python bench.py --mode=loss --peer=../nanoGPT --input=shakespeare.txt
-    python bench.py --mode=sample --peer=../nanoGPT --rounds=5
+    python bench.py --mode=train --peer=../nanoGPT                        (GPT-2's 124M, one step of 1 × 1024 tokens)
+    python bench.py --mode=sample --peer=../nanoGPT --batch=16 --tokens=200
+    python bench.py --mode=sample --peer=transformers
 
 Every figure comes from a process of its own. With --peer, ours and theirs run in turn (A B A B …) and the table gives
-medians, the range, and the ratio pair by pair: on a noisy machine the ratios hold where the seconds do not.
+medians, the range, and the ratio pair by pair: on a noisy machine the ratios hold where the seconds do not. Before each
+run the speed of a matrix product is taken; where that, or a ratio, varied by more than half, the table says so.
 """
 
+import glob
 import json
 import os
-import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,54 +27,62 @@ from typing import Any, Literal
 from configurator import UserError, configure, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CPU_SIZE = [
-    '--n_layer=4',
-    '--n_head=4',
-    '--n_embd=128',
-    '--block_size=64',
-    '--batch_size=12',
-    '--dropout=0.0',
-]  # nanoGPT's README, for a CPU
+# nanoGPT's README, for a CPU
+CPU_SIZE = ['--n_layer=4', '--n_head=4', '--n_embd=128', '--block_size=64', '--batch_size=12', '--dropout=0.0']
+SHAPES = {
+    'small': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=50304),
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304),
+}
 
 
 @dataclass
 class BenchConfig:
-    mode: Literal['all', 'train', 'sample', 'loss', 'start'] = 'all'  # loss: seconds to a validation loss; start: import to the first step
-    peer: str = ''  # a nanoGPT checkout to measure beside
+    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'ceiling', 'start'] = 'all'  # see docs/concepts/what-we-tried.md
+    peer: str = ''  # a nanoGPT checkout to measure beside; for sample also: transformers
     rounds: int = 3  # times that each side runs
-    input: str = ''  # for loss: Tiny Shakespeare's text, if it is not prepared or cannot be downloaded
-    target: float = 1.88  # for loss: the validation loss over the whole split
+    input: str = ''  # for loss and data: a text (for loss Tiny Shakespeare's), if it is not prepared or cannot be downloaded
+    dataset: str = ''  # for tokens: a folder with train.bin and val.bin of GPT-2's tokens
+    target: float | None = None  # for loss: the validation loss over the whole split; None: 1.88 on a CPU, 1.4697 on a GPU (nanoGPT's)
     tokens: int = 300  # for sample: new tokens
-    batch: int = 1  # for sample: samples at once
-    size: Literal['small', 'gpt2'] = 'gpt2'  # for sample: 2M or GPT-2's 124M parameters, random ones: their values do not change the speed
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # for sample: ours; auto as in sample.py. nanoGPT knows float32 only on a CPU
+    batch: int | None = None  # windows or samples at once; None: 1, and 16 windows for train on a GPU
+    size: Literal['small', 'gpt2'] = 'gpt2'  # for train, memory and sample: nanoGPT's CPU size, or GPT-2's 124M; random weights: values change no speed
+    arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train and memory: the peer's model with AdamW, or our defaults with Muon
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # ours; auto as in train.py and sample.py. nanoGPT knows float32 only on a CPU
+    quantize: Literal['int8'] | None = None  # for sample: as in sample.py
+    compile: bool | Literal['auto'] = 'auto'  # for train and loss: as in train.py; for sample auto is CUDA
     device: str = 'auto'  # auto, cpu, cuda, mps
     json: str = ''  # write the figures to this file too
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f'rounds={self.rounds}: expected at least 1')
+        for name in ('rounds', 'tokens'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: expected at least 1')
 
 
-def child(code: str, cwd: str = HERE, **values: Any) -> dict[str, float]:
-    """Run Python code in a process of its own; it prints one JSON object last. Adds wall seconds and peak memory in MB."""
+# -----------------------------------------------------------------------------
+# Processes of their own
+
+
+def child(code: str, cwd: str = HERE, env: dict[str, str] | None = None, **values: Any) -> dict[str, float]:
+    """Run Python code in a process of its own that sets `result`. Adds wall seconds and the peak memory of it and its children in MB."""
     values |= {'HERE': HERE, 'started': time.time()}
     tail = """
 memory = 0.0
 try:
     import resource
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+    memory = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / (1e6 if sys.platform == 'darwin' else 1e3)
 except ImportError:
     pass  # Windows has no such figure
-if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-    memory = torch.cuda.max_memory_allocated() / 1e6
-print('\\n' + json.dumps(result | {'memory_mb': round(memory)}))
+if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available() and sys.modules['torch'].cuda.max_memory_allocated():
+    memory = sys.modules['torch'].cuda.max_memory_allocated() / 1e6
+print('\\n' + json.dumps({'memory_mb': round(memory)} | result))
 """
     before = ''.join(f'{name} = {value!r}\n' for name, value in values.items())
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, '-c', f'import json, sys, time\nsys.path.insert(0, {cwd!r})\n{before}{code}{tail}'],
         cwd=cwd,
+        env=os.environ | (env or {}),
         capture_output=True,
         text=True,
         check=False,
@@ -89,25 +101,52 @@ from train import TrainConfig, torch, train
 with tempfile.TemporaryDirectory() as out:
     end = train(configure(TrainConfig, words + ['--out_dir=' + out]))
     with open(os.path.join(out, 'metrics.csv')) as f:
-        rows = [r for r in csv.DictReader(f) if r['tokens_per_second']]
-result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': statistics.median(float(r['tokens_per_second']) for r in rows),
-          'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows),
-          'first_step_s': end['first_step_at'] - started}
+        rows = [r for r in csv.DictReader(f) if r['tokens_per_second']][skip:]
+speed = statistics.median(float(r['tokens_per_second']) for r in rows)
+result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': speed,
+          'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows), 'first_step_s': end['first_step_at'] - started}
+"""
+
+PEER_TRAIN = """
+import re, statistics, subprocess
+done = subprocess.run([sys.executable, 'train.py', *words], capture_output=True, text=True)
+if done.returncode:
+    sys.exit('its train.py failed: ' + (done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
+times = {int(n): float(ms) / 1e3 for n, ms in re.findall(r'^iter (\\d+): .* time ([\\d.]+)ms', done.stdout, re.M)}
+plain = [s for n, s in times.items() if n >= skip and n % every]  # the others hold an evaluation, or a first compilation
+step = statistics.median(plain)
+losses = {int(n): float(v) for n, v in re.findall(r'^step (\\d+): .* val loss ([\\d.]+)', done.stdout, re.M)}
+best = min(losses, key=losses.get)
+result = {'train_s': step * steps, 'train_s_to_its_best': step * best, 'ms_per_step': 1e3 * step, 'tokens_per_s': tokens_per_step / step,
+          'its_own_best': losses[best]}
+if (m := re.findall(r'peak memory ([\\d.]+)', done.stdout)):
+    result['memory_mb'] = float(m[-1])
 """
 
 OURS_SAMPLE = """
 import sample, torch
-from model import GPT, GPTConfig, pick_device
+from model import GPT, GPTConfig, matmul_ceiling, pick_device
 torch.manual_seed(1337)
 device = pick_device(device)
 model = GPT(GPTConfig(**shape)).to(device).eval()
 if dtype != 'float32':
     model.to(getattr(torch, dtype))
-options = dict(temperature=0.8, top_k=200)
-list(model.generate([prompt] * batch, 8, **options))
+read = sum(p.numel() * (1 if quantize and p.dim() > 1 else p.element_size()) for p in model.parameters())
+model.quantize(quantize)
+options = dict(temperature=0.8, top_k=200, compile=compile)
+for _ in range(2):
+    list(model.generate([prompt] * batch, 8, **options))
 t = time.perf_counter()
-written = [x.tolist() for x in model.generate([prompt] * batch, tokens, **options)]
-result = {'tokens_per_s': batch * len(written) / (time.perf_counter() - t)}
+written = torch.stack(list(model.generate([prompt] * batch, tokens, **options))).tolist()
+speed = batch * len(written) / (time.perf_counter() - t)
+result = {'tokens_per_s': speed, 'weights_read_gb_per_s': speed / batch * read / 1e9}
+if device.type == 'cuda':
+    a = torch.empty(2**30, dtype=torch.uint8, device=device); b = torch.empty_like(a)
+    for i in range(12):
+        if i == 2: torch.cuda.synchronize(); t = time.perf_counter()
+        b.copy_(a)
+    torch.cuda.synchronize()
+    result['share_of_bandwidth'] = result['weights_read_gb_per_s'] / (2 * 10 * 2**30 / (time.perf_counter() - t) / 1e9)
 """
 
 PEER_SAMPLE = """
@@ -123,150 +162,317 @@ with torch.no_grad():
 result = {'tokens_per_s': batch * tokens / (time.perf_counter() - t)}
 """
 
+TRANSFORMERS_SAMPLE = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(1337)
+sizes = dict(n_layer=shape['n_layer'], n_head=shape['n_head'], n_embd=shape['n_embd'], n_positions=shape['block_size'], vocab_size=shape['vocab_size'])
+model = GPT2LMHeadModel(GPT2Config(**sizes)).to(device, getattr(torch, dtype)).eval()
+start = torch.tensor([prompt] * batch, device=device)
+options = dict(do_sample=True, temperature=0.8, top_k=200, use_cache=True, pad_token_id=0, eos_token_id=None)
+model.generate(start, max_new_tokens=8, **options)
+t = time.perf_counter()
+model.generate(start, max_new_tokens=tokens, min_new_tokens=tokens, **options)[0].tolist()
+result = {'tokens_per_s': batch * tokens / (time.perf_counter() - t)}
+"""
 
-def peer_train(peer: str, data: str, device: str) -> dict[str, float]:
-    """nanoGPT's README settings for a CPU, 2,000 iterations; its seconds without evaluations, and its loss by our whole-split measure."""
-    with tempfile.TemporaryDirectory() as out:
-        began = time.perf_counter()
-        words = [
-            'config/train_shakespeare_char.py',
-            f'--device={device}',
-            '--compile=False',
-            '--eval_iters=20',
-            '--log_interval=1',
-            *CPU_SIZE,
-            '--max_iters=2000',
-            '--lr_decay_iters=2000',
-            f'--dataset={data}',
-            f'--out_dir={out}',
-        ]
-        done = subprocess.run([sys.executable, 'train.py', *words], cwd=peer, capture_output=True, text=True, check=False)
-        wall = time.perf_counter() - began
-        if done.returncode:
-            raise UserError(f'{peer}: its train.py failed: {done.stderr.strip().splitlines()[-1][:300]}')
-        times = {int(n): float(ms) / 1e3 for n, ms in re.findall(r'^iter (\d+): .* time ([\d.]+)ms', done.stdout, re.M)}
-        plain = [s for n, s in times.items() if n % 250]  # every 250th line holds an evaluation's time too
-        seconds = sum(plain) + statistics.median(plain) * (len(times) - len(plain))
-        own = float(re.findall(r'^step \d+: .* val loss ([\d.]+)', done.stdout, re.M)[-1])
-        loss = child(
-            OURS_TRAIN.split('with tempfile')[0]
-            + 'result = {k: v for k, v in train(configure(TrainConfig, words)).items() if k == "val_loss"}\n',
-            words=[
-                f'--init_from={os.path.join(out, "ckpt.pt")}',
-                f'--dataset={data}',
-                '--eval_only',
-                f'--device={device}',
-                f'--out_dir={os.path.join(out, "eval")}',
-            ],
-        )
-    return {'train_s': seconds, 'wall_s': wall, 'val_loss': loss['val_loss'], 'own_estimate': own}
+OURS_MEMORY = """
+import train, torch
+from model import GPT, GPTConfig, pick_device, pick_dtype
+device = pick_device(device)
+def used():
+    if device.type == 'cuda':
+        return torch.cuda.memory_allocated() / 1e6
+    if not sys.platform.startswith('linux'):
+        return 0.0
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * 4096 / 1e6
+marks = [used()]
+model = GPT(GPTConfig(arch=arch, **shape)).to(device)
+marks.append(used())
+optimizers = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'muon' if arch == 'modern' else 'adamw')
+x = torch.randint(shape['vocab_size'], (batch, shape['block_size']), device=device)
+dtype = pick_dtype(dtype, device)
+for _ in range(2):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(x, x)
+    loss.backward()
+    for o in optimizers.values():
+        o.step()
+gradients = sum(p.grad.numel() * 4 for p in model.parameters()) / 1e6
+states = [v for o in optimizers.values() for s in o.state.values() for v in s.values() if torch.is_tensor(v)]
+states = sum(v.numel() * v.element_size() for v in states) / 1e6
+import resource
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+if device.type == 'cuda':
+    peak = torch.cuda.max_memory_allocated() / 1e6
+weights = sum(p.numel() * 4 for p in model.parameters()) / 1e6
+result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradients, 'optimizer_mb': states,
+          'activations_and_rest_mb': peak - marks[0] - weights - gradients - states}
+"""
+
+CEILING = """
+import torch
+from model import matmul_ceiling, pick_device
+device = pick_device(device)
+result = {f'{name}_gflop_per_s': matmul_ceiling(device, getattr(torch, name)) / 1e9 for name in ('float32', 'bfloat16')}
+a = torch.ones(2**28 if device.type == 'cuda' else 2**26, device=device); b = torch.zeros_like(a)
+best = 0.0
+for _ in range(5):
+    t = time.perf_counter(); b.copy_(a); float(b[0]); best = max(best, 2 * a.numel() * 4 / (time.perf_counter() - t))
+result['copy_gb_per_s'] = best / 1e9
+"""
+
+BATCH_TIME = """
+import os, tempfile, numpy as np, statistics
+from dataset import Split
+result = {}
+with tempfile.TemporaryDirectory() as folder:
+    for name, size in (('1_mb', 10**6), ('1_gb', 10**9), ('100_gb', 10**11)):
+        with open(os.path.join(folder, 'train.bin'), 'wb') as f:
+            f.truncate(size)  # sparse: takes no room
+        split = Split(folder, 'train', 1024, 50304, 1337)
+        times = []
+        for i in range(60):
+            t = time.perf_counter(); split.batch(12 * i, 12); times.append(time.perf_counter() - t)
+        result[f'batch_of_12x1024_from_{name}_ms'] = 1e3 * statistics.median(times[10:])
+"""
+
+
+# -----------------------------------------------------------------------------
+# The table
 
 
 class Table:
     """Collects runs of ours and the peer's, and prints a line for each figure."""
 
-    def __init__(self) -> None:
+    def __init__(self, ceiling: Callable[[], float]) -> None:
         self.figures: dict[str, dict[str, list[float]]] = {}
+        self.ceiling = ceiling
 
-    def measure(self, title: str, rounds: int, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]] | None) -> None:
+    def measure(self, title: str, rounds: int, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]] | None = None) -> None:
         for number in range(rounds):
             for side, call in (('ours', ours), ('peer', theirs)):
                 if call:
                     print(f'  {title}: {side}, round {number + 1} of {rounds} …', file=sys.stderr, flush=True)
-                    for name, value in call().items():
+                    for name, value in ({'machine_gflop_per_s': self.ceiling() / 1e9} | call()).items():
                         self.figures.setdefault(f'{title} {name}', {}).setdefault(side, []).append(value)
 
     def show(self) -> None:
-        print(f'\n{"figure":<34}{"ours: median (min–max)":>32}{"peer: median (min–max)":>32}{"ours/peer":>12}')
+        print(f'\n{"figure":<46}{"ours: median (min–max)":>30}{"peer: median (min–max)":>30}{"ours/peer":>22}')
         for name, sides in self.figures.items():
             cells = [
                 f'{number(statistics.median(v))} ({number(min(v))}–{number(max(v))})' if (v := sides.get(side)) else '–'
                 for side in ('ours', 'peer')
             ]
             pairs = [a / b for a, b in zip(sides.get('ours', []), sides.get('peer', [])) if b]
-            print(f'{name:<34}{cells[0]:>32}{cells[1]:>32}{f"{statistics.median(pairs):.3f}" if pairs else "–":>12}')
-            if any(len(v) > 2 and max(v) > 1.5 * min(v) for v in sides.values()) and 'memory' not in name:
-                print(f'{"":<34}  this machine was too noisy for this figure: its runs differ by more than half')
+            ratio = f'{number(statistics.median(pairs))} ({number(min(pairs))}–{number(max(pairs))})' if pairs else '–'
+            print(f'{name:<46}{cells[0]:>30}{cells[1]:>30}{ratio:>22}')
+            machine = [v for values in sides.values() for v in values] if name.endswith('machine_gflop_per_s') else []
+            if machine and max(machine) > 1.5 * min(machine):
+                print('  too noisy: the speed of the machine itself changed by more than half between these runs; run them again on a quiet one')
+            elif len(pairs) > 1 and max(pairs) > 1.5 * min(pairs) and not name.endswith('machine_gflop_per_s'):
+                print('  too noisy to say: the pairs differ by more than half')
+            elif not pairs and any(len(v) > 1 and max(v) > 1.5 * min(v) > 0 for v in sides.values()):
+                print('  too noisy to say: the runs differ by more than half')
 
 
 def number(value: float) -> str:
     return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}' if abs(value) < 1 else f'{value:.2f}'
 
 
-def main() -> None:
-    config = configure(BenchConfig, description='Measure speed, time to a loss, and memory.')
+# -----------------------------------------------------------------------------
+# The rounds
+
+
+def measure_train(table: Table, config: BenchConfig, device: str) -> None:
+    """Steps of train.py on random tokens: the same model, or our defaults (arch=modern), beside the peer's train.py."""
+    import numpy as np
+
+    shape, cuda = SHAPES[config.size], device.startswith('cuda')
+    batch = config.batch or (12 if config.size == 'small' else 16 if cuda else 1)
+    steps = 60 if cuda else 8 if config.size == 'gpt2' else 100
+    sizes = [f'--{k}={v}' for k, v in shape.items() if k != 'vocab_size']
+    sizes += [f'--batch_size={batch}', f'--gradient_accumulation_steps={4 if cuda else 1}']
+    with tempfile.TemporaryDirectory() as data:
+        dice = np.random.default_rng(1337)
+        for name, count in (('train', 2**20), ('val', shape['block_size'] + 1)):
+            dice.integers(0, 50257, count).astype('<u2').tofile(os.path.join(data, f'{name}.bin'))
+        common = [*sizes, f'--dataset={data}', f'--device={device}', f'--max_iters={steps}', '--eval_interval=1000000', '--weight_decay=0.1']
+        ours = [*common, f'--arch={config.arch}', f'--optimizer={"muon" if config.arch == "modern" else "adamw"}', f'--dtype={config.dtype}']
+        ours += ['--log_interval=10' if cuda else '--log_interval=1', f'--compile={config.compile}', '--decay_lr=False']
+        peer = [*common, '--log_interval=1', '--eval_iters=1', '--decay_lr=False', f'--compile={cuda}', f'--out_dir={data}']
+        table.measure(
+            f'train {config.size} {batch}x{shape["block_size"]}',
+            config.rounds,
+            lambda: child(OURS_TRAIN, words=ours, skip=2),
+            (
+                lambda: child(
+                    PEER_TRAIN, cwd=config.peer, words=peer, skip=2, every=10**9, steps=steps,
+                    tokens_per_step=batch * shape['block_size'] * (4 if cuda else 1),
+                )
+            )
+            if config.peer
+            else None,
+        )  # fmt: skip
+
+
+def prepared_shakespeare(config: BenchConfig, folder: str) -> None:
+    """Tiny Shakespeare's characters in `folder`. Raises UserError if the text cannot be had."""
+    text = f'--input={os.path.abspath(config.input)}' if config.input else '--input='
+    words = [sys.executable, 'data/shakespeare_char/prepare.py', f'--out_dir={folder}', text]
+    made = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise UserError(made.stderr.strip())
+
+
+def measure_loss(table: Table, config: BenchConfig, device: str) -> None:
+    """Seconds to a validation loss, with an empty compile cache and with a full one, beside the peer's whole training."""
+    cuda = device.startswith('cuda')
+    target = config.target or (1.4697 if cuda else 1.88)
+    with tempfile.TemporaryDirectory() as data:
+        prepared_shakespeare(config, data)
+        words = ['config/train_shakespeare_char.py', f'--device={device}', f'--target_val_loss={target}', f'--dataset={data}']
+        words += [f'--compile={config.compile}', f'--dtype={config.dtype}'] + ([] if cuda else ['config/tiny.py', '--eval_interval=270'])
+
+        def ours() -> dict[str, float]:
+            with tempfile.TemporaryDirectory() as cache:
+                cold, warm = (child(OURS_TRAIN, env={'TORCHINDUCTOR_CACHE_DIR': cache}, words=words, skip=0) for _ in 'cw')
+            return cold | {'warm_wall_s': warm['wall_s'], 'warm_train_s': warm['train_s']}
+
+        def theirs() -> dict[str, float]:
+            steps = 5000 if cuda else 2000
+            with tempfile.TemporaryDirectory() as out:
+                peer = ['config/train_shakespeare_char.py', f'--device={device}', f'--dataset={data}', f'--out_dir={out}', '--log_interval=1']
+                if not cuda:
+                    peer += [*CPU_SIZE, '--compile=False', '--eval_iters=20', f'--max_iters={steps}', f'--lr_decay_iters={steps}']
+                result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=10, every=250, steps=steps, tokens_per_step=1)
+                words = [f'--init_from={out}/ckpt.pt', f'--dataset={data}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
+                code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
+                loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
+            return result | {'val_loss': loss['val_loss']}
+
+        table.measure('loss', config.rounds, ours, theirs if config.peer else None)
+    losses = table.figures['loss val_loss']['ours']
+    print(f'validation loss over the whole split ≤ {target}: reached in {sum(v <= target for v in losses)} of {len(losses)} runs')
+
+
+def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
+    """GPT-2-size on a real corpus: the peer's loss after 300 steps, and ours after a half and a third of its tokens."""
+    if not os.path.isfile(os.path.join(config.dataset, 'train.bin')):
+        raise UserError(f'dataset={config.dataset}: give a folder with train.bin and val.bin (python data/text/prepare.py --tokenizer=gpt2 makes one)')
+    shape, batch = SHAPES[config.size], config.batch or 16
+    sizes = [f'--{k}={v}' for k, v in shape.items() if k != 'vocab_size'] + [f'--batch_size={batch}', '--gradient_accumulation_steps=8']
+    common = [*sizes, f'--dataset={os.path.abspath(config.dataset)}', f'--device={device}', '--eval_interval=1000000']
+
+    def ours(steps: int) -> dict[str, float]:
+        words = [*common, f'--max_iters={steps}', f'--warmup_iters={steps // 15}', '--learning_rate=2e-3', '--lr_schedule=linear', '--min_lr=0']
+        return child(OURS_TRAIN, words=[*words, '--tie_weights=True', '--warmdown=0.7'], skip=0)
+
+    def theirs() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as out:
+            peer = [*common, f'--out_dir={out}', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--eval_interval=300']
+            peer += ['--log_interval=10', '--eval_iters=20', '--always_save_checkpoint=True', f'--compile={device.startswith("cuda")}']
+            result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=20, every=300, steps=300, tokens_per_step=batch * 8 * shape['block_size'])
+            words = [f'--init_from={out}/ckpt.pt', f'--dataset={config.dataset}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
+            code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
+            loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
+        return result | {'val_loss': loss['val_loss']}
+
+    table.measure('tokens: ours 150 steps, peer 300', config.rounds, lambda: ours(150), theirs if config.peer else None)
+    table.measure('tokens: ours 100 steps', config.rounds, lambda: ours(100))
+
+
+def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) -> None:
     import torch
 
-    from model import pick_device
+    from model import fast_bf16
+
+    large = config.size == 'gpt2' and not (config.quantize and device == 'cpu')
+    dtype = ('bfloat16' if large and fast_bf16(torch.device(device)) else 'float32') if config.dtype == 'auto' else config.dtype
+    shape = {'bias': True} | SHAPES[config.size] | {'vocab_size': 50257}
+    common = dict(shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1)
+    compiled = device.startswith('cuda') if config.compile == 'auto' else config.compile
+    theirs: Callable[[], dict[str, float]] | None = None
+    if config.peer == 'transformers':
+        theirs = lambda: child(TRANSFORMERS_SAMPLE, dtype='bfloat16', **common)  # noqa: E731
+    elif config.peer:
+        theirs = lambda: child(PEER_SAMPLE, cwd=config.peer, **common)  # noqa: E731
+    title = f'sample {config.size} {config.quantize or dtype} x{config.batch or 1}'
+    table.measure(title, config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, quantize=config.quantize, compile=compiled, **common), theirs)
+
+
+def measure_data(table: Table, config: BenchConfig) -> None:
+    """MB of text prepared a second, by characters and with GPT-2's tokens, and the time of a batch from small and huge files."""
+    table.measure('data', config.rounds, lambda: child(BATCH_TIME))
+    source = config.input or os.path.join(HERE, 'data', 'darklyrics', 'demo.jsonl')
+    with open(source, encoding='utf-8') as f:
+        text = f.read()
+    for kind, name, size in (('characters', 'shakespeare_char', 20_000_000), ('gpt2', 'shakespeare', 10_000_000)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'input.txt')  # where nanoGPT's own prepare.py looks for it
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write((text * (size // len(text) + 1))[:size])
+            megabytes = os.path.getsize(path) / 1e6
+
+            def ours() -> dict[str, float]:
+                words = [f'data/{name}/prepare.py', f'--input={path}', f'--out_dir={folder}/ours']
+                return run_timed(words, HERE, megabytes)
+
+            def theirs() -> dict[str, float]:
+                script = shutil.copy(os.path.join(config.peer, 'data', name, 'prepare.py'), os.path.join(folder, 'prepare.py'))
+                return run_timed([script], folder, megabytes)
+
+            table.measure(f'data {kind}', config.rounds, ours, theirs if config.peer else None)
+
+
+def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f'{words[0]} failed: {(done.stderr.strip() or "no message").splitlines()[-1][:300]}')
+    return {'mb_per_s': megabytes / (time.perf_counter() - began)}
+
+
+def main() -> None:
+    config = configure(BenchConfig, description='Measure speed, time to a loss, data and memory.')
+    import torch
+
+    from model import matmul_ceiling, pick_device
 
     try:
         device = str(pick_device(config.device))
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.peer:
+    if config.peer and config.peer != 'transformers':
         for name in ('train.py', 'model.py', 'config/train_shakespeare_char.py'):
             if not os.path.isfile(os.path.join(config.peer, name)):
                 raise UserError(f'peer={config.peer}: not a nanoGPT checkout (it has no {name})')
-    table, everything = Table(), config.mode == 'all'
+        config.peer = os.path.abspath(config.peer)
+    if config.peer == 'transformers' and config.mode != 'sample':
+        raise UserError('peer=transformers: serves --mode=sample only')
+    table, everything = Table(lambda: matmul_ceiling(torch.device(device), torch.float32)), config.mode == 'all'
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.rounds} round{"s" * (config.rounds > 1)}')
 
-    if everything or config.mode in ('train', 'start'):
-        words = [
-            'config/train_darklyrics.py',
-            f'--device={device}',
-            '--max_iters=30',
-            '--log_interval=10',
-            '--eval_iters=1',
-            '--warmup_iters=2',
-        ]
-        if config.mode == 'start':
-            words = [w.replace('=30', '=1').replace('log_interval=10', 'log_interval=1') for w in words]
-        table.measure('train', config.rounds, lambda: child(OURS_TRAIN, words=words), None)
+    if everything or config.mode == 'ceiling':
+        table.measure('ceiling', config.rounds, lambda: child(CEILING, device=device))
+    if everything or config.mode == 'start':
+        words = ['config/train_darklyrics.py', f'--device={device}', '--max_iters=1', '--log_interval=1', '--eval_iters=1']
+        table.measure('start', config.rounds, lambda: child(OURS_TRAIN, words=words, skip=0))
+    if everything or config.mode == 'train':
+        measure_train(table, config, device)
+    if everything or config.mode == 'memory':
+        batch = config.batch or 1
+        values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
+        table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
     if everything or config.mode == 'sample':
-        small = dict(n_layer=4, n_head=5, n_embd=160, block_size=256, vocab_size=4096)
-        gpt2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
-        bf16 = device.startswith('cuda') or device == 'cpu' and config.size == 'gpt2' and torch.cpu._is_avx512_bf16_supported()
-        dtype = ('bfloat16' if bf16 else 'float32') if config.dtype == 'auto' else config.dtype
-        tokens = min(config.tokens, 100) if everything and not config.peer else config.tokens
-        common = dict(
-            shape={'bias': True} | (small if config.size == 'small' else gpt2), device=device, tokens=tokens, prompt=[1], batch=config.batch
-        )
-        theirs = (lambda: child(PEER_SAMPLE, cwd=config.peer, **common)) if config.peer else None
-        table.measure(f'sample {dtype}', config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, **common), theirs)
-    if config.mode == 'loss':
-        with tempfile.TemporaryDirectory() as data:
-            made = subprocess.run(
-                [
-                    sys.executable,
-                    'data/shakespeare_char/prepare.py',
-                    f'--out_dir={data}',
-                    f'--input={os.path.abspath(config.input) if config.input else ""}',
-                ],
-                cwd=HERE,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if made.returncode:
-                raise UserError(made.stderr.strip())
-            words = [
-                'config/train_shakespeare_char.py',
-                'config/tiny.py',
-                f'--device={device}',
-                '--eval_interval=360',
-                f'--target_val_loss={config.target}',
-                f'--dataset={data}',
-            ]
-            table.measure(
-                'loss',
-                config.rounds,
-                lambda: child(OURS_TRAIN, words=words),
-                (lambda: peer_train(config.peer, data, device)) if config.peer else None,
-            )
-        losses = table.figures['loss val_loss']['ours']
-        print(
-            f'validation loss over the whole split ≤ {config.target}: reached in {sum(v <= config.target for v in losses)} of {len(losses)} runs'
-        )
+        measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
+    if everything or config.mode == 'data':
+        measure_data(table, config)
+    if config.mode == 'loss' or everything and (config.input or glob.glob(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
+        measure_loss(table, config, device)
+    if config.mode == 'tokens':
+        measure_tokens(table, config, device)
     table.show()
     if config.json:
         with open(config.json, 'w', encoding='utf-8') as f:

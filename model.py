@@ -8,6 +8,7 @@ Two presets, every part of which can be overridden:
 Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H, V the vocabulary.
 """
 
+import copy
 import json
 import math
 import os
@@ -131,7 +132,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, per layer (B, n_kv_head, room, D), in memory taken once.
 
     `length` tokens of each row are filled in; `pad` (B,) counts the empty places on the left of shorter prompts, or is
-    None when all rows are equally long.
+    None when all rows are equally long. `place` is None, or the place (1,) of the next token as a tensor: then `update`
+    gives out the whole room, whose shape never changes, so that a compiled step or a CUDA graph serves every token.
     """
 
     def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):
@@ -139,9 +141,14 @@ class KVCache:
         self.data = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
         self.pad: torch.Tensor | None = None
+        self.place: torch.Tensor | None = None
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
+        if self.place is not None:
+            self.data[layer, 0].index_copy_(2, self.place, k)
+            self.data[layer, 1].index_copy_(2, self.place, v)
+            return self.data[layer, 0], self.data[layer, 1]
         end = self.length + k.size(2)
         self.data[layer, 0, :, :, self.length : end] = k
         self.data[layer, 1, :, :, self.length : end] = v
@@ -175,7 +182,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(
-            q,
+            q.to(k.dtype),  # a cache may be finer than the weights
             k,
             v,
             attn_mask=mask,
@@ -183,7 +190,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.n_kv_head != self.n_head,
         )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -222,6 +229,44 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for writing on a CPU. oneDNN's blocked weights reach twice the memory bandwidth of plain rows at one token."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for writing: weights in int8 with a scale per output, a quarter of fp32's bytes to read.
+
+    CPUs multiply int8 by int8 fastest, so there each token's activations are rounded to int8 too, with a scale per token
+    (LLM.int8's vector-wise scheme, Dettmers et al. 2022, without its outliers). GPUs widen the weights on the way.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8), persistent=False)
+        self.register_buffer('scale', scale, persistent=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        else:
+            rows = x.flatten(0, -2).float()
+            scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+            y = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t()) * scale * self.scale
+            y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of -log softmax(x Wᵀ)[target], without the (tokens × vocabulary) matrix.
 
@@ -235,28 +280,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
-        chunk = max(64, 2 ** (23 if device == 'cpu' else 27) // weight.size(0))  # fp32 logits: 32 MB at a time, or 512 on a GPU
+        most = 2 ** (24 if device == 'cpu' else 27) // weight.size(0)  # fp32 logits: 64 MB at a time, or 512 on a GPU
+        chunk = max(64, -(-x.size(0) // -(-x.size(0) // max(1, most))))  # equal parts
         dx = torch.empty_like(x) if training else None
-        dw = torch.zeros_like(weight) if training else None
+        dw = None
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             for start in range(0, x.size(0), chunk):
                 part, target = x[start : start + chunk].to(dtype), targets[start : start + chunk]
                 keep = (target >= 0).float()
-                log_p = F.log_softmax((part @ w.t()).float(), dim=-1)
+                log_p = F.log_softmax(part @ w.t(), dim=-1, dtype=torch.float32)
                 target = target.clamp(min=0)[:, None]
                 loss -= log_p.gather(1, target)[:, 0] @ keep
-                if dx is not None and dw is not None:
+                if dx is not None:
                     grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(keep[:, None]).to(dtype)
+                    del log_p  # the largest tensor of all
                     dx[start : start + chunk] = grad @ w
-                    dw += grad.t() @ part
+                    new = grad.t() @ part
+                    dw = new.to(weight.dtype) if dw is None else dw.add_(new)
         ctx.save_for_backward(*(() if dx is None else (dx, dw)))
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        return dx * grads[0].to(dx.dtype), dw * grads[0].to(dw.dtype), None, None
+        dx, dw = ctx.saved_tensors  # scaled in place: (V, C) is too large for a copy, so backward can run only once
+        return dx.mul_(grads[0].to(dx.dtype)), dw.mul_(grads[0].to(dw.dtype)), None, None
 
 
 # -----------------------------------------------------------------------------
@@ -282,6 +331,8 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self.register_buffer('positions', self._position_table(), persistent=False)
+        self.compiled_step: Any = None  # of generate, kept from call to call
+        self.static_cache: KVCache | None = None
         self.init_weights()
 
     def _position_table(self) -> torch.Tensor | None:
@@ -298,7 +349,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: normal(0.02), output projections by 1/√(2L) less. Modern: fan-in scaled matrices, output projections and head zero."""
+        """GPT-2's: normal(0.02), output projections by 1/√(2L) less. Modern: fan-in scaled matrices, output projections and head zero.
+
+        Modern embeddings begin at 0.2, so that the first updates of the blocks do not drown them (docs/concepts/what-we-tried.md);
+        at 0.02 where they are the head too, whose first logits should be small.
+        """
         config = self.config
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -308,23 +363,25 @@ class GPT(nn.Module):
             elif name.endswith('c_proj.weight') or name == 'lm_head.weight' and not config.tie_weights:
                 nn.init.zeros_(p)  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
             else:
-                nn.init.normal_(p, std=0.02 if 'wte' in name or 'wpe' in name or 'lm_head' in name else 0.5 * config.n_embd**-0.5)
+                embedding = 0.02 if config.tie_weights else 0.2
+                nn.init.normal_(p, std=embedding if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) else 0.5 * config.n_embd**-0.5)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """The last block's normalized output (B, T, C) for token ids (B, T), which follow what the cache holds."""
         B, T = idx.shape
-        past = cache.length if cache is not None else 0
+        static = cache.place if cache is not None else None
+        past = cache.length if cache is not None and static is None else 0
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens are more than the context of block_size={self.config.block_size}')
-        place = torch.arange(past, past + T, device=idx.device)
+        place = torch.arange(past, past + T, device=idx.device) if static is None else static
         mask = None
-        if cache is not None and cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
-            keys = torch.arange(past + T, device=idx.device)
-            mask = (keys <= place[:, None]) & (keys >= cache.pad[:, None, None])  # (B, T, past + T)
-            mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
-            place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
-        elif past and T > 1:
-            mask = torch.arange(past + T, device=idx.device) <= place[:, None]
+        if cache is not None and (static is not None or cache.pad is not None or past and T > 1):
+            keys = torch.arange(past + T if static is None else cache.data.size(4), device=idx.device)
+            mask = keys <= place[:, None]  # (T, keys)
+            if cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
+                mask = mask & (keys >= cache.pad[:, None, None])  # (B, T, keys)
+                mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
+                place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.wte(idx)
         rope = None
         if self.positions is None:
@@ -339,7 +396,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rope, mask, cache)
-        if cache is not None:
+        if cache is not None and static is None:
             cache.length += T
         return self.transformer.ln_f(x)
 
@@ -426,6 +483,7 @@ class GPT(nn.Module):
         stop_tokens: Iterable[int] = (),
         seed: int = 1337,
         vocab_size: int | None = None,
+        compile: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Continue each prompt (token ids; lengths may differ), giving out one (B,) tensor of new ids at a time.
 
@@ -434,27 +492,40 @@ class GPT(nn.Module):
         `temperature=0` is greedy; `top_k` and `top_p` of 0 or None are off; `repetition_penalty` > 1 makes tokens that
         already stand in the row less likely (Keskar et al. 2019); ids from `vocab_size` on (padding) are never drawn.
         When the context is full, its later half is kept and read again: writing goes on without end.
+        `compile` compiles the step of one token (on CUDA as one graph); it takes a while and pays for long or many texts.
         Raises ValueError for an empty prompt or an option out of range.
         """
         check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
         rows = [torch.as_tensor(p, dtype=torch.long).tolist() for p in prompts]
         if not rows or not all(rows):
             raise ValueError('a prompt is empty: give at least one token')
-        device, stop = self.lm_head.weight.device, torch.tensor(list(stop_tokens), dtype=torch.long, device=self.lm_head.weight.device)
+        device = self.transformer.wte.weight.device
+        stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
         dice = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
         running = torch.ones(len(rows), dtype=torch.bool, device=device)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)
         if repetition_penalty != 1:
             for i, row in enumerate(rows):
                 seen[i, row] = True
-        history, cache, new = rows, None, None
+        history, cache, tokens, written = rows, None, stop, []
+        if compile and self.compiled_step is None:
+            self.compiled_step = torch.compile(self.next_logits, mode='reduce-overhead' if device.type == 'cuda' else 'default')
         was_training = self.training
         self.eval()
         try:
             for step in range(max_new_tokens):
-                if new is None or cache is None or cache.length >= self.config.block_size:
-                    history, cache, new = self._prefill(history, max_new_tokens - step, device)
-                logits = self.lm_head(self.hidden(new, cache)[:, -1]).float()[:, :vocab_size]
+                if cache is None or cache.length >= self.config.block_size:
+                    if written:  # read only now: a look at each token as it comes would make a GPU wait
+                        history = [row + new for row, new in zip(history, torch.stack(written, dim=1).tolist())]
+                        written.clear()
+                    history, cache, logits = self._prefill(history, max_new_tokens - step, compile)
+                elif cache.place is not None:
+                    cache.place.fill_(cache.length)
+                    logits = self.compiled_step(tokens[:, None], cache)
+                    cache.length += 1
+                else:
+                    logits = self.next_logits(tokens[:, None], cache)
+                logits = logits.float()[:, :vocab_size]
                 if repetition_penalty != 1:
                     logits = torch.where(
                         seen[:, :vocab_size], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits
@@ -462,11 +533,10 @@ class GPT(nn.Module):
                 if step % 64 == 0:
                     chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(device)  # one number a token: (B, 64)
                 tokens = draw(logits, chance[:, step % 64], temperature, top_k, top_p)
-                seen.scatter_(1, tokens[:, None], True)
+                if repetition_penalty != 1:
+                    seen.scatter_(1, tokens[:, None], True)
                 out = torch.where(running, tokens, -1)
-                for row, token in zip(history, tokens.tolist()):
-                    row.append(token)
-                new = tokens[:, None]
+                written.append(tokens)
                 yield out
                 if len(stop):
                     running &= ~torch.isin(tokens, stop)
@@ -475,15 +545,57 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
-    def _prefill(self, history: list[list[int]], left: int, device: torch.device) -> tuple[list[list[int]], KVCache, torch.Tensor]:
-        """The rows cut to the context (a full one to its later half), an empty cache with room for what comes, and the batch to read."""
-        size = self.config.block_size
+    def next_logits(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read idx (B, T) behind what the cache holds; the logits (B, V) of what follows."""
+        return self.lm_head(self.hidden(idx, cache)[:, -1])
+
+    def _prefill(self, history: list[list[int]], left: int, static: bool) -> tuple[list[list[int]], KVCache, torch.Tensor]:
+        """The rows cut to the context (a full one to its later half), a cache that has read them with room for what comes, and the logits."""
+        size, weight = self.config.block_size, self.transformer.wte.weight
         history = [row[-size:] if len(row) <= size else row[-max(1, size // 2) :] for row in history]
         longest = max(map(len, history))
-        cache = KVCache(self.config, len(history), min(size, longest + left), device, self.lm_head.weight.dtype)
-        if any(len(row) < longest for row in history):
-            cache.pad = torch.tensor([longest - len(row) for row in history], device=device)
-        return history, cache, torch.tensor([[0] * (longest - len(row)) + row for row in history], device=device)
+        room = size if static else min(size, longest + left)  # one shape for all texts: compiled once
+        cache = self.static_cache
+        if not static or cache is None or cache.data.size(2) != len(history):
+            # CPUs attend several times faster in fp32 than in bf16 (docs/concepts/what-we-tried.md)
+            cache = KVCache(self.config, len(history), room, weight.device, weight.dtype if weight.device.type != 'cpu' else torch.float32)
+        cache.length, cache.place, cache.pad = 0, None, None
+        if all(row == history[0] for row in history):  # samples of one prompt: read it once, for the first row, and copy
+            first = copy.copy(cache)
+            first.data = cache.data[:, :, :1]
+            logits = self.next_logits(torch.tensor(history[:1], device=weight.device), first).expand(len(history), -1)
+            cache.data[:, :, 1:, :, :longest] = first.data[:, :, :, :, :longest]
+            cache.length = longest
+        else:
+            if any(len(row) < longest for row in history):
+                cache.pad = torch.tensor([longest - len(row) for row in history], device=weight.device)
+            idx = torch.tensor([[0] * (longest - len(row)) + row for row in history], device=weight.device)
+            logits = self.next_logits(idx, cache)
+        if static:
+            cache.place = torch.tensor([longest], device=weight.device)
+            if self.static_cache is not cache:
+                torch._dynamo.mark_static_address(cache.data)  # CUDA graphs write into it in place
+            self.static_cache = cache
+        return history, cache, logits
+
+    def quantize(self, kind: str | None = None) -> 'GPT':
+        """Make the linear layers, in place, ones that only write: int8 weights (kind='int8'), or on CPUs oneDNN's packed ones.
+
+        Raises ValueError if this device has no such kind.
+        """
+        device, dtype = self.transformer.wte.weight.device.type, self.transformer.wte.weight.dtype
+        if kind not in (None, 'int8'):
+            raise ValueError(f'quantize={kind}: expected None or int8')
+        if kind and device not in ('cpu', 'cuda'):
+            raise ValueError(f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there')
+        packs = device == 'cpu' and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+        if packs and dtype == torch.bfloat16:
+            packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and (kind or packs):
+                    setattr(parent, name, Int8Linear(child) if kind else PackedLinear(child))
+        return self
 
     # -------------------------------------------------------------------------
     # GPT-2's weights
@@ -636,9 +748,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Bring the singular values of each matrix of x (N, rows ≤ columns) near 1: the quintic Newton–Schulz iteration of Muon."""
-    dtype = torch.bfloat16 if x.is_cuda else x.dtype
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(dtype)
+    if fast_bf16(x.device):
+        x = x.bfloat16()
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
@@ -670,11 +782,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere. Raises ValueError for a pair that cannot work."""
+def fast_bf16(device: torch.device) -> bool:
+    """Does this device multiply bfloat16 itself, faster than float32?"""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dtype:
+    """'auto' is bfloat16 where that is fast (on a CPU for large models only), float16 on older GPUs, float32 elsewhere.
+
+    Raises ValueError for a pair that cannot work.
+    """
     if name == 'auto':
-        bf16 = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
-        name = 'bfloat16' if bf16 else 'float16' if device.type == 'cuda' else 'float32'
+        if fast_bf16(device) and (large or device.type == 'cuda'):
+            name = 'bfloat16'
+        else:
+            name = 'float16' if device.type == 'cuda' else 'float32'
     if name == 'float16' and device.type != 'cuda':
         raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
     return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]

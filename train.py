@@ -12,10 +12,12 @@ What a step does depends on the knobs, the seed and the step's number alone: bat
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -62,12 +64,13 @@ class TrainConfig:
     qk_norm: bool | None = None  # normalize queries and keys
     tie_weights: bool | None = None  # one matrix for embedding and head
     # Batch
-    batch_size: int = 12  # windows a process works on at once
+    batch_size: int | Literal['auto'] = 12  # windows a process works on at once; auto: as 1 in what is computed, but as many at once as fit
     gradient_accumulation_steps: int = 5 * 8  # times batch_size: the windows of one step, shared among all processes
     # Optimizer
     optimizer: Literal['muon', 'adamw'] = 'muon'  # Muon for the blocks' matrices and AdamW for the rest, or AdamW for all
     learning_rate: float = 6e-4  # the highest; Muon's update has AdamW's size, so one rate serves both
     max_iters: int = 600000  # steps in all
+    max_minutes: float | None = None  # train this long instead, whatever the machine: the schedule is bent to the clock
     weight_decay: float = 1e-1  # of matrices
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
@@ -96,14 +99,16 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: at evaluations save ckpt.pt only when the validation loss improved
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where the GPU has it, else float16; float32 on CPU
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto, and nccl without a GPU: what works here
     seed: int = 1337  # of initialization, data order and dropout
 
     def __post_init__(self) -> None:
         for names, ok, expected in (
-            ('batch_size gradient_accumulation_steps eval_interval log_interval', lambda v: v >= 1, 'at least 1'),
+            ('batch_size', lambda v: v == 'auto' or v >= 1, 'auto or at least 1'),
+            ('gradient_accumulation_steps eval_interval log_interval', lambda v: v >= 1, 'at least 1'),
+            ('max_minutes', lambda v: v is None or v > 0, 'None or more than 0'),
             ('max_iters warmup_iters sample_interval patience weight_decay grad_clip', lambda v: v >= 0, '0 or more'),
             ('learning_rate', lambda v: v > 0, 'more than 0'),
             ('beta1 beta2', lambda v: 0 <= v < 1, 'from 0 to below 1'),
@@ -136,11 +141,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # Who are we: one process, or one of several that torchrun started
     world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     main = rank == 0  # this one writes files and speaks
+    keep_freed_memory()
     try:
         device = pick_device(
             f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device
         )
-        dtype = pick_dtype(config.dtype, device)
     except ValueError as error:
         raise UserError(str(error)) from None
     if device.type == 'cuda':
@@ -199,14 +204,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError(str(error)) from None
     model.to(device)
     block_size = model.config.block_size
+    try:
+        dtype = pick_dtype(config.dtype, device, large=model.num_params() > 1_000_000)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     # -------------------------------------------------------------------------
     # Data: this process's share of each step's windows
-    rows = config.batch_size * config.gradient_accumulation_steps  # windows a step, over all processes
+    batch_size = 1 if config.batch_size == 'auto' else config.batch_size
+    rows = batch_size * config.gradient_accumulation_steps  # windows a step, over all processes
     if rows % world_size:
         raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows cannot be shared equally among {world_size} processes')
     share = rows // world_size
-    micro = min(config.batch_size, share)
+    micro = min(batch_size, share)
+    if config.batch_size == 'auto':  # a resumed run takes what was found before: other sizes add up in another order
+        micro = min(state.get('micro') or windows_that_fit(model, share, autocast), share)
+        if world_size > 1:
+            least = torch.tensor([micro], device=device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            micro = int(least)
     tokens_per_step = rows * block_size
     train_split = Split(folder, 'train', block_size, model.config.vocab_size, config.seed)
     val_split = Split(folder, 'val', block_size, model.config.vocab_size)
@@ -224,7 +241,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # Optimizers and precision
     optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
     step, best_val_loss, bad_evals, last_eval, seconds_before = 0, math.inf, 0, -1, 0.0
@@ -237,6 +253,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     del state
     why = can_compile(device) if config.compile is True or config.compile == 'auto' and device.type == 'cuda' else ''
     compiled = config.compile is True and not why or config.compile == 'auto' and device.type == 'cuda' and not why
+    if compiled and (why := cannot_compile(model, micro, autocast)):
+        compiled = False
     forward: Any = torch.compile(model) if compiled else model
     if world_size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -246,18 +264,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
     log = Log(config, step, tokenizer) if main and not config.eval_only else None
     say = log.say if log else print if main else lambda text: None
     eval_rows = max(micro, 16384 // block_size)
-    windows = val_split.eval_windows(config.eval_iters and config.eval_iters * config.batch_size)
+    reserve = 0.0  # of max_minutes: seconds that an evaluation takes
+    if config.max_minutes:
+        reserve, most = time_to_evaluate(model, val_split, eval_rows, autocast), 0.05 * 60 * config.max_minutes * world_size
+        if world_size > 1:
+            slowest = torch.tensor([reserve], dtype=torch.float64, device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            reserve = float(slowest)
+        if config.eval_iters is None and reserve * val_split.eval_windows() > most:  # from now on, also in resumed runs
+            config = with_knobs(config, {'eval_iters': max(1, int(most / reserve / batch_size))})
+    windows = val_split.eval_windows(config.eval_iters and config.eval_iters * batch_size)
+    reserve *= windows / world_size
     say(
         f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
         f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}'
     )
     say(
-        f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, all {config.max_iters:,} steps '
-        f'read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times; validation on {windows:,} of {val_split.eval_windows():,} windows'
+        f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, '
+        + (
+            f'for {config.max_minutes:g} minutes'
+            if config.max_minutes
+            else f'all {config.max_iters:,} steps read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times'
+        )
+        + f'; validation on {windows:,} of {val_split.eval_windows():,} windows'
     )
     say(
         f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
         f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}'
+        + (f', {micro} windows at once' if config.batch_size == 'auto' else '')
     )
     if config.init_from == 'resume':
         say(f'resuming {source} at step {step:,}' + (f', with {changes}' if changes else ''))
@@ -319,6 +353,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 scaler=scaler.state_dict(),
                 bad_evals=bad_evals,
                 last_eval=last_eval,
+                micro=micro,
                 seconds=seconds_before + time.perf_counter() - began,
             )
 
@@ -348,19 +383,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     asked: dict[str, int] = {'signal': 0}  # the signal that this process got
     stopping = 0  # the signal that all processes agreed to stop for
     restore = catch_signals(asked)
-    bar = tqdm(
-        total=config.max_iters, initial=step, disable=not main or not sys.stderr.isatty(), unit='step', dynamic_ncols=True, smoothing=0.05
-    )
+    total, quiet = None if config.max_minutes else config.max_iters, not main or not sys.stderr.isatty()
+    bar = tqdm(total=total, initial=step, disable=quiet, unit='step', dynamic_ncols=True, smoothing=0.05)
     began = last_log = time.perf_counter()
     train_seconds, first_step_at, val_loss, train_loss, outcome, told = 0.0, 0.0, math.nan, math.nan, '', False
     losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
     grad_norm: Any = 0.0
+    share_spent = seconds_before / (60 * config.max_minutes) if config.max_minutes else None  # the same on all processes
+    evaluated_at = share_spent or 0.0
+    over = step >= config.max_iters if share_spent is None else share_spent >= 1  # nothing left to do
     model.train()
     upcoming = pool.submit(load_batch, step, 0)
     try:
         while True:
-            # Evaluate, and save what we have
-            if step != last_eval and (step == config.max_iters or step > 0 and step % config.eval_interval == 0) and not stopping:
+            # Evaluate, and save what we have; on a budget, evaluations take a tenth of it at most
+            due = step > 0 and step % config.eval_interval == 0
+            if share_spent is not None:
+                due = due and (share_spent - evaluated_at) * 60 * config.max_minutes >= 9 * reserve
+            if step != last_eval and (over or due) and not stopping:
+                evaluating = time.perf_counter()
                 val_loss, last_eval = evaluate(), step
                 if not math.isfinite(val_loss):
                     raise UserError(went_wrong('validation loss', step))
@@ -393,15 +434,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 elif config.patience and bad_evals >= config.patience:
                     outcome = f'no better validation loss for {bad_evals} evaluations (patience)'
                 last_log = time.perf_counter()
-            if stopping or outcome or step >= config.max_iters:
+                if world_size == 1:
+                    reserve = last_log - evaluating
+                evaluated_at = share_spent or 0.0
+            if stopping or outcome or over:
                 break
 
             # One step: forward and backward over this process's windows, then the update
             started = time.perf_counter()
-            lr = learning_rate(config, step)
+            lr = learning_rate(config, step, share_spent)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
                     group['lr'] = lr
+                    if 'momentum' in group:  # Muon's begins lower: the first updates should follow the first gradients (Jordan et al. 2024)
+                        group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
             if config.dropout:
                 torch.manual_seed(((config.seed * 1_000_003 + step) * world_size + rank) % 2**63)  # dropout's dice, a function of the step
             step_loss = torch.zeros((), device=device)
@@ -427,14 +473,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
             bar.update(1)
 
             # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
-            ends = step % config.eval_interval == 0 or step == config.max_iters
-            logs = step % config.log_interval == 0 or ends
+            logs = step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters
+            spent = seconds_before + time.perf_counter() - began
             if world_size == 1:
                 stopping = asked['signal']
             elif logs or device.type == 'cpu':
-                signals = torch.tensor([asked['signal']], device=device)
-                dist.all_reduce(signals, dist.ReduceOp.MAX)
-                stopping = int(signals)
+                agreed = torch.tensor([asked['signal'], spent], dtype=torch.float64, device=device)
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+                stopping, spent = int(agreed[0]), float(agreed[1])
+            if config.max_minutes is None:
+                over = step >= config.max_iters
+            elif world_size == 1 or logs or device.type == 'cpu':
+                share_spent = spent / max(1e-9, 60 * config.max_minutes - reserve)
+                over = share_spent >= 1
+            logs = logs or over
             if logs or stopping:
                 read = torch.stack(losses)
                 if world_size > 1:
@@ -464,9 +516,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     if not bar.disable:
                         log.say(f'step {step:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s', console=False)
                     elif step % (10 * config.log_interval) == 0 or step <= 10 * config.log_interval:
+                        left = 60 * config.max_minutes - spent if config.max_minutes else (config.max_iters - step) * tokens_per_step / speed
                         log.say(
-                            f'step {step:,}/{config.max_iters:,}: loss {train_loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {100 * mfu:.0f}% of the '
-                            f'measured ceiling, {clock((config.max_iters - step) * tokens_per_step / speed)} left'
+                            f'step {step:,}{"" if config.max_minutes else f"/{config.max_iters:,}"}: loss {train_loss:.4f}, lr {lr:.2e}, '
+                            f'{speed:,.0f} tokens/s, {100 * mfu:.0f}% of the measured ceiling, {clock(max(0, left))} left'
                         )
             train_seconds += time.perf_counter() - started
             first_step_at = first_step_at or time.time()
@@ -514,20 +567,83 @@ def train(config: TrainConfig) -> dict[str, Any]:
 # The parts that the loop calls
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the step that takes us from `step` to `step + 1` updates."""
+def learning_rate(config: TrainConfig, step: int, share_spent: float | None = None) -> float:
+    """The rate of the step from `step` to `step + 1` updates; with max_minutes, `share_spent` of the budget takes the place of the steps."""
     if not config.decay_lr:
         return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    end = config.lr_decay_iters or config.max_iters
+    end = max(1, config.lr_decay_iters or config.max_iters)
+    rise, done, warm = (step + 1) / (config.warmup_iters + 1), step / end, config.warmup_iters / end
+    if share_spent is not None:
+        rise, done, warm = max(rise, share_spent / 0.05), share_spent, 0.0  # the warm-up takes a twentieth of the time at most
+    if rise < 1:
+        return config.learning_rate * rise
     low = config.learning_rate / 10 if config.min_lr is None else config.min_lr
     if config.lr_schedule == 'linear':
-        start = max(end * (1 - config.warmdown), config.warmup_iters)
-        left = min(1.0, (end - step) / max(1, end - start))
-        return low + (config.learning_rate - low) * max(0.0, left)
-    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+        left = (1 - done) / max(1e-9, 1 - max(1 - config.warmdown, warm))
+        return low + (config.learning_rate - low) * min(1.0, max(0.0, left))
+    done = min(1.0, (done - warm) / max(1e-9, 1 - warm))
     return low + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - low)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones instead of asking for fresh pages each time.
+
+    On a CPU, a third of a large model's step goes into those pages otherwise (docs/concepts/what-we-tried.md). Other C libraries are left alone.
+    """
+    if sys.platform == 'linux' and 'MALLOC_MMAP_MAX_' not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def one_pass(model: Any, rows: int, autocast: Any) -> None:
+    """Forward and backward over `rows` windows of zeros; leaves no gradients."""
+    gpt = model if isinstance(model, GPT) else model._orig_mod
+    x = torch.zeros(rows, gpt.config.block_size, dtype=torch.long, device=gpt.lm_head.weight.device)
+    with autocast:
+        loss = model(x, x)
+    loss.backward()
+    gpt.zero_grad(set_to_none=True)
+
+
+def cannot_compile(model: GPT, rows: int, autocast: Any) -> str:
+    """Compile by a pass over `rows` windows. '' if that works, else the first line of why not."""
+    try:
+        one_pass(torch.compile(model), rows, autocast)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler's errors have no common class
+        return f'compiling failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}'
+    return ''
+
+
+def windows_that_fit(model: GPT, share: int, autocast: Any) -> int:
+    """How many windows at once: on CUDA what its memory holds beside weights, gradients and optimizer states; elsewhere about 4,096 tokens."""
+    device = model.lm_head.weight.device
+    if device.type != 'cuda':
+        return max(1, min(share, 4096 // model.config.block_size))
+    peaks = []
+    for rows in (1, 2):
+        torch.cuda.reset_peak_memory_stats()
+        one_pass(model, rows, autocast)
+        peaks.append(torch.cuda.max_memory_allocated())
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    states = 8 * model.num_params()  # AdamW's two, in fp32
+    fit = int((0.9 * free - states - (2 * peaks[0] - peaks[1] - torch.cuda.memory_allocated())) / max(1, peaks[1] - peaks[0]))
+    fit = max(1, min(share, fit))
+    return -(-share // -(-share // fit))  # equal parts
+
+
+@torch.no_grad()
+def time_to_evaluate(model: GPT, split: Split, rows: int, autocast: Any) -> float:
+    """Seconds per window of an evaluation, by one batch (after another one that warms up)."""
+    for x, y in split.eval_batches(rows, min(rows, split.eval_windows())):
+        for _ in range(2):
+            started = time.perf_counter()
+            with autocast:
+                model(*(torch.from_numpy(a).to(model.lm_head.weight.device) for a in (x, y))).item()
+    return (time.perf_counter() - started) / len(x)
 
 
 def prepared_folder(config: TrainConfig, local_rank: int, world_size: int) -> str:
@@ -714,9 +830,18 @@ def main() -> None:
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and 'not enough memory' not in str(error) and 'allocate memory' not in str(error):
             raise
+        wanted = re.search(r'ried to allocate ([\d.]+ [KMG]?i?B|\d+ bytes)', str(error))
+        free = re.search(r'of which ([\d.]+ [KMG]?i?B) is free', str(error))
+        amount = (f' ({wanted[1]} more wanted' + (f', {free[1]} free)' if free else ')')) if wanted else ''
         raise UserError(
-            f'out of memory: halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps (now '
-            f'{config.gradient_accumulation_steps}), which changes nothing else; or use a shorter block_size or a smaller model'
+            f'out of memory{amount}: '
+            + (
+                'not even one window fits; '
+                if config.batch_size in ('auto', 1)
+                else f'halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps (now '
+                f'{config.gradient_accumulation_steps}), which changes nothing else, or give batch_size=auto; or '
+            )
+            + 'use a shorter block_size or a smaller model'
         ) from None
 
 
