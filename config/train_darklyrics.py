@@ -1,4 +1,4 @@
-# A small model of the embedded lyrics (or of your own crawl): about 3 minutes on 2 CPU cores.
+# A small model of the embedded lyrics (or of your own crawl): about a minute on 2 CPU cores (2 without bfloat16).
 #   python train.py config/train_darklyrics.py
 #   python sample.py --out_dir=out-darklyrics
 
@@ -20,7 +20,7 @@ lr_schedule = 'linear'
 warmdown = 0.9
 min_lr = 0.0
 warmup_iters = 20
-max_iters = 400
+max_iters = 300
 
 eval_interval = 50
 sample_interval = 100  # watch it learn to write
