@@ -49,6 +49,7 @@ class BenchConfig:
     arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train and memory: the peer's model with AdamW, or our defaults with Muon
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # ours; auto as in train.py and sample.py. nanoGPT knows float32 only on a CPU
     quantize: Literal['int8'] | None = None  # for sample: as in sample.py
+    remat: bool = False  # for train: as in train.py
     compile: bool | Literal['auto'] = 'auto'  # for train and loss: as in train.py; for sample auto is CUDA
     device: str = 'auto'  # auto, cpu, cuda, mps
     json: str = ''  # write the figures to this file too
@@ -103,7 +104,8 @@ with tempfile.TemporaryDirectory() as out:
     with open(os.path.join(out, 'metrics.csv')) as f:
         rows = [r for r in csv.DictReader(f) if r['tokens_per_second']][skip:]
 speed = statistics.median(float(r['tokens_per_second']) for r in rows)
-result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': speed,
+per_step = float(rows[-1]['tokens']) / int(rows[-1]['step'])
+result = {'train_s': end['train_seconds'], 'val_loss': end['val_loss'], 'tokens_per_s': speed, 'ms_per_step': 1e3 * per_step / speed,
           'share_of_ceiling': statistics.median(float(r['mfu']) for r in rows), 'first_step_s': end['first_step_at'] - started}
 """
 
@@ -119,8 +121,8 @@ losses = {int(n): float(v) for n, v in re.findall(r'^step (\\d+): .* val loss ([
 best = min(losses, key=losses.get)
 result = {'train_s': step * steps, 'train_s_to_its_best': step * best, 'ms_per_step': 1e3 * step, 'tokens_per_s': tokens_per_step / step,
           'its_own_best': losses[best]}
-if (m := re.findall(r'peak memory ([\\d.]+)', done.stdout)):
-    result['memory_mb'] = float(m[-1])
+if '--device=cpu' not in words:
+    result['memory_mb'] = 0.0  # the GPU's is not known from outside
 """
 
 OURS_SAMPLE = """
@@ -155,7 +157,7 @@ from model import GPT, GPTConfig
 torch.manual_seed(1337)
 model = GPT(GPTConfig(**shape)).to(device).eval()
 start = torch.tensor([prompt] * batch, device=device)
-with torch.no_grad():
+with torch.no_grad(), torch.autocast(device.split(':')[0], torch.bfloat16, enabled='cuda' in device):  # as its sample.py
     model.generate(start, 2, temperature=0.8, top_k=200)
     t = time.perf_counter()
     model.generate(start, tokens, temperature=0.8, top_k=200)[0].tolist()
@@ -202,10 +204,11 @@ for _ in range(2):
 gradients = sum(p.grad.numel() * 4 for p in model.parameters()) / 1e6
 states = [v for o in optimizers.values() for s in o.state.values() for v in s.values() if torch.is_tensor(v)]
 states = sum(v.numel() * v.element_size() for v in states) / 1e6
-import resource
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
 if device.type == 'cuda':
     peak = torch.cuda.max_memory_allocated() / 1e6
+else:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
 weights = sum(p.numel() * 4 for p in model.parameters()) / 1e6
 result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradients, 'optimizer_mb': states,
           'activations_and_rest_mb': peak - marks[0] - weights - gradients - states}
@@ -228,7 +231,7 @@ import os, tempfile, numpy as np, statistics
 from dataset import Split
 result = {}
 with tempfile.TemporaryDirectory() as folder:
-    for name, size in (('1_mb', 10**6), ('1_gb', 10**9), ('100_gb', 10**11)):
+    for name, size in (('1_mb', 10**6), ('1_gb', 10**9), ('100_gb', 10**11 if os.name != 'nt' else 10**9)):  # NTFS would fill them
         with open(os.path.join(folder, 'train.bin'), 'wb') as f:
             f.truncate(size)  # sparse: takes no room
         split = Split(folder, 'train', 1024, 50304, 1337)
@@ -300,7 +303,7 @@ def measure_train(table: Table, config: BenchConfig, device: str) -> None:
             dice.integers(0, 50257, count).astype('<u2').tofile(os.path.join(data, f'{name}.bin'))
         common = [*sizes, f'--dataset={data}', f'--device={device}', f'--max_iters={steps}', '--eval_interval=1000000', '--weight_decay=0.1']
         ours = [*common, f'--arch={config.arch}', f'--optimizer={"muon" if config.arch == "modern" else "adamw"}', f'--dtype={config.dtype}']
-        ours += ['--log_interval=10' if cuda else '--log_interval=1', f'--compile={config.compile}', '--decay_lr=False']
+        ours += ['--log_interval=10' if cuda else '--log_interval=1', f'--compile={config.compile}', f'--remat={config.remat}', '--decay_lr=False']
         peer = [*common, '--log_interval=1', '--eval_iters=1', '--decay_lr=False', f'--compile={cuda}', f'--out_dir={data}']
         table.measure(
             f'train {config.size} {batch}x{shape["block_size"]}',
@@ -346,7 +349,7 @@ def measure_loss(table: Table, config: BenchConfig, device: str) -> None:
                 peer = ['config/train_shakespeare_char.py', f'--device={device}', f'--dataset={data}', f'--out_dir={out}', '--log_interval=1']
                 if not cuda:
                     peer += [*CPU_SIZE, '--compile=False', '--eval_iters=20', f'--max_iters={steps}', f'--lr_decay_iters={steps}']
-                result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=10, every=250, steps=steps, tokens_per_step=1)
+                result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=10, every=250, steps=steps, tokens_per_step=64 * 256 if cuda else 12 * 64)
                 words = [f'--init_from={out}/ckpt.pt', f'--dataset={data}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
                 code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
                 loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
@@ -374,7 +377,7 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
             peer = [*common, f'--out_dir={out}', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--eval_interval=300']
             peer += ['--log_interval=10', '--eval_iters=20', '--always_save_checkpoint=True', f'--compile={device.startswith("cuda")}']
             result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=20, every=300, steps=300, tokens_per_step=batch * 8 * shape['block_size'])
-            words = [f'--init_from={out}/ckpt.pt', f'--dataset={config.dataset}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
+            words = [f'--init_from={out}/ckpt.pt', f'--dataset={os.path.abspath(config.dataset)}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
             code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
             loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
         return result | {'val_loss': loss['val_loss']}
@@ -386,13 +389,13 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
 def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) -> None:
     import torch
 
-    from model import fast_bf16
+    from model import can_compile, pick_dtype
 
-    large = config.size == 'gpt2' and not (config.quantize and device == 'cpu')
-    dtype = ('bfloat16' if large and fast_bf16(torch.device(device)) else 'float32') if config.dtype == 'auto' else config.dtype
+    large = config.size == 'gpt2' and not config.quantize
+    dtype = str(pick_dtype(config.dtype, torch.device(device), large)).removeprefix('torch.')
     shape = {'bias': True} | SHAPES[config.size] | {'vocab_size': 50257}
     common = dict(shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1)
-    compiled = device.startswith('cuda') if config.compile == 'auto' else config.compile
+    compiled = device.startswith('cuda') and not can_compile(torch.device(device)) if config.compile == 'auto' else config.compile
     theirs: Callable[[], dict[str, float]] | None = None
     if config.peer == 'transformers':
         theirs = lambda: child(TRANSFORMERS_SAMPLE, dtype='bfloat16', **common)  # noqa: E731
@@ -454,31 +457,34 @@ def main() -> None:
     table, everything = Table(lambda: matmul_ceiling(torch.device(device), torch.float32)), config.mode == 'all'
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.rounds} round{"s" * (config.rounds > 1)}')
 
-    if everything or config.mode == 'ceiling':
-        table.measure('ceiling', config.rounds, lambda: child(CEILING, device=device))
-    if everything or config.mode == 'start':
-        words = ['config/train_darklyrics.py', f'--device={device}', '--max_iters=1', '--log_interval=1', '--eval_iters=1']
-        table.measure('start', config.rounds, lambda: child(OURS_TRAIN, words=words, skip=0))
-    if everything or config.mode == 'train':
-        measure_train(table, config, device)
-    if everything or config.mode == 'memory':
-        batch = config.batch or 1
-        values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
-        table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
-    if everything or config.mode == 'sample':
-        measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
-    if everything or config.mode == 'data':
-        measure_data(table, config)
-    if config.mode == 'loss' or everything and (config.input or glob.glob(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
-        measure_loss(table, config, device)
-    if config.mode == 'tokens':
-        measure_tokens(table, config, device)
-    table.show()
-    if config.json:
-        with open(config.json, 'w', encoding='utf-8') as f:
-            json.dump(
-                {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures}, f, indent=1
-            )
+    try:
+        if everything or config.mode == 'ceiling':
+            table.measure('ceiling', config.rounds, lambda: child(CEILING, device=device))
+        if everything or config.mode == 'start':
+            words = ['config/train_darklyrics.py', f'--device={device}', '--max_iters=1', '--log_interval=1', '--eval_iters=1']
+            table.measure('start', config.rounds, lambda: child(OURS_TRAIN, words=words, skip=0))
+        if everything or config.mode == 'train':
+            measure_train(table, config, device)
+        if everything or config.mode == 'memory':
+            batch = config.batch or 1
+            values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
+            table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
+        if everything or config.mode == 'sample':
+            measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
+        if everything or config.mode == 'data':
+            measure_data(table, config)
+        if config.mode == 'loss' or everything and (config.input or glob.glob(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
+            measure_loss(table, config, device)
+        if config.mode == 'tokens':
+            measure_tokens(table, config, device)
+    finally:  # what was measured is shown, whatever came after
+        if table.figures:
+            table.show()
+        if config.json:
+            with open(config.json, 'w', encoding='utf-8') as f:
+                json.dump(
+                    {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures}, f, indent=1
+                )
 
 
 if __name__ == '__main__':

@@ -142,7 +142,7 @@ class Split:
         paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
         if not paths:
             raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
-        self.shards = [_open_tokens(path) for path in paths]
+        self.shards = [TokenFile(path) for path in paths]
         self.paths, self.n_tokens = paths, sum(map(len, self.shards))
         # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
         # offsets take any value below block_size, so that each epoch sees the text cut in other places.
@@ -172,7 +172,7 @@ class Split:
             data = self.shards[shard[i]]
             slack = min(self.block_size, len(data) - int(self.first[shard[i] + 1] - self.first[shard[i]]) * self.block_size)
             start = int(window[i] - self.first[shard[i]]) * self.block_size + int(offset[i]) % slack
-            tokens[i] = data[start : start + self.block_size + 1]
+            tokens[i] = data.read(start, self.block_size + 1)
         self.check_ids(tokens)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -200,7 +200,7 @@ class Split:
             for row, window in enumerate(chosen[at : at + batch_size]):
                 shard = int(np.searchsorted(first, window, side='right')) - 1
                 start = int(window - first[shard]) * self.block_size
-                piece = self.shards[shard][start : start + self.block_size + 1].astype(np.int64)
+                piece = self.shards[shard].read(start, self.block_size + 1)
                 x[row, : len(piece) - 1], y[row, : len(piece) - 1] = piece[:-1], piece[1:]
             self.check_ids(x, y)
             yield x, y
@@ -214,22 +214,43 @@ class Split:
             )
 
 
-def _open_tokens(path: str) -> np.ndarray:
-    """The uint16 ids of one file, mapped, not read; a 256-int32 header with the known magic is skipped."""
-    size = os.path.getsize(path)
-    if size == 0:
-        raise UserError(f'{path}: the file is empty; prepare the dataset again')
-    if size % 2:
-        raise UserError(f'{path}: {size} bytes is an odd size, but token ids take two bytes each: the file is cut off or not a token file')
-    with open(path, 'rb') as f:
-        header = np.frombuffer(f.read(12), dtype='<i4')[:3] if size >= HEADER_BYTES else []
-    if len(header) and header[0] == HEADER_MAGIC:
-        if header[1] != 1:
-            raise UserError(f'{path}: header version {header[1]} is not the uint16 one (version 1)')
-        if size != HEADER_BYTES + 2 * int(header[2]):
-            raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {(size - HEADER_BYTES) // 2}: it is cut off')
-        return np.memmap(path, dtype='<u2', mode='r', offset=HEADER_BYTES)
-    return np.memmap(path, dtype='<u2', mode='r')
+class TokenFile:
+    """The uint16 ids of one file, read where they are asked for; a 256-int32 header with the known magic is skipped.
+
+    Reads, and does not map: a page of a 100 GB mapping that is touched for the first time costs more than the reading of it.
+    """
+
+    def __init__(self, path: str):
+        size = os.path.getsize(path)
+        if size == 0:
+            raise UserError(f'{path}: the file is empty; prepare the dataset again')
+        if size % 2:
+            raise UserError(f'{path}: {size} bytes is an odd size, but token ids take two bytes each: the file is cut off or not a token file')
+        self.path, self.before = path, 0
+        self.file = open(path, 'rb', buffering=0)  # kept open: a dataset prepared anew meanwhile does not get mixed in
+        header = np.frombuffer(self.file.read(12), dtype='<i4') if size >= HEADER_BYTES else []
+        if len(header) and header[0] == HEADER_MAGIC:
+            if header[1] != 1:
+                raise UserError(f'{path}: header version {header[1]} is not the uint16 one (version 1)')
+            if size != HEADER_BYTES + 2 * int(header[2]):
+                raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {(size - HEADER_BYTES) // 2}: it is cut off')
+            self.before = HEADER_BYTES
+        self.n_tokens = (size - self.before) // 2
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens from number `start` on, int64: `count` of them, or as many as there are."""
+        at, size = self.before + 2 * start, 2 * max(0, min(count, self.n_tokens - start))
+        if hasattr(os, 'pread'):
+            raw = os.pread(self.file.fileno(), size, at)
+        else:  # Windows; no two threads read the same split
+            self.file.seek(at)
+            raw = self.file.read(size)
+        if len(raw) < size:
+            raise UserError(f'{self.path}: the file became shorter while it was read; prepare the dataset again')
+        return np.frombuffer(raw, dtype='<u2').astype(np.int64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 PRESETS: dict[str, dict[str, Any]] = {
     'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
@@ -138,7 +139,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, 2, batch, config.n_kv_head or config.n_head, room, config.n_embd // config.n_head)
-        self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a compiled step reads the whole room, masked
         self.length = 0
         self.pad: torch.Tensor | None = None
         self.place: torch.Tensor | None = None
@@ -146,8 +147,8 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
         if self.place is not None:
-            self.data[layer, 0].index_copy_(2, self.place, k)
-            self.data[layer, 1].index_copy_(2, self.place, v)
+            self.data[layer, 0].index_copy_(2, self.place, k.to(self.data.dtype))
+            self.data[layer, 1].index_copy_(2, self.place, v.to(self.data.dtype))
             return self.data[layer, 0], self.data[layer, 1]
         end = self.length + k.size(2)
         self.data[layer, 0, :, :, self.length : end] = k
@@ -287,7 +288,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
         else:
             rows = x.flatten(0, -2).float()
             scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
@@ -309,7 +310,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
-        most = 2 ** (24 if device == 'cpu' else 27) // weight.size(0)  # fp32 logits: 32 MB at a time, or 512 on a GPU
+        most = 2 ** (24 if device == 'cpu' else 27) // weight.size(0)  # fp32 logits: 64 MB at a time, or 512 on a GPU
         chunk = max(64, -(-x.size(0) // -(-x.size(0) // max(1, most))))  # equal parts
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if training else (None, None)
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
@@ -360,6 +361,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self.register_buffer('positions', self._position_table(), persistent=False)
+        self.remat = False  # keep the blocks' inputs only and compute the rest again in the backward pass (Chen et al. 2016)
         self.compiled_step: Any = None  # of generate, kept from call to call
         self.static_cache: KVCache | None = None
         self.init_weights()
@@ -424,7 +426,10 @@ class GPT(nn.Module):
             rope = (table[0], table[1]) if place.dim() == 1 else (table[0][:, None], table[1][:, None])
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rope, mask, cache)
+            if self.remat and self.training and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
         if cache is not None and static is None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -521,7 +526,8 @@ class GPT(nn.Module):
         `temperature=0` is greedy; `top_k` and `top_p` of 0 or None are off; `repetition_penalty` > 1 makes tokens that
         already stand in the row less likely (Keskar et al. 2019); ids from `vocab_size` on (padding) are never drawn.
         When the context is full, its later half is kept and read again: writing goes on without end.
-        `compile` compiles the step of one token (on CUDA as one graph); it takes a while and pays for long or many texts.
+        `compile` compiles the step of one token (on CUDA as one graph); it takes a while and pays for long or many texts,
+        one call at a time: the cache is kept from call to call.
         Raises ValueError for an empty prompt or an option out of range.
         """
         check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
@@ -584,10 +590,11 @@ class GPT(nn.Module):
         history = [row[-size:] if len(row) <= size else row[-max(1, size // 2) :] for row in history]
         longest = max(map(len, history))
         room = size if static else min(size, longest + left)  # one shape for all texts: compiled once
-        cache = self.static_cache
-        if not static or cache is None or cache.data.size(2) != len(history):
-            # CPUs attend several times faster in fp32 than in bf16 (docs/concepts/what-we-tried.md)
-            cache = KVCache(self.config, len(history), room, weight.device, weight.dtype if weight.device.type != 'cpu' else torch.float32)
+        # CPUs attend several times faster in fp32 than in bf16 (docs/concepts/what-we-tried.md)
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        cache, want = self.static_cache, (len(history), room, dtype, weight.device)
+        if not static or cache is None or (*cache.data.shape[2:5:2], cache.data.dtype, cache.data.device) != want:
+            cache = KVCache(self.config, len(history), room, weight.device, dtype)
         cache.length, cache.place, cache.pad = 0, None, None
         if all(row == history[0] for row in history):  # samples of one prompt: read it once, for the first row, and copy
             first = copy.copy(cache)
@@ -620,7 +627,7 @@ class GPT(nn.Module):
         packs = device == 'cpu' and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
         if packs and dtype == torch.bfloat16:
             packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        for parent in list(self.modules()):
+        for parent in [m for m in self.modules() if not isinstance(m, nn.Linear)]:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and (kind or packs):
                     setattr(parent, name, Int8Linear(child) if kind else PackedLinear(child))

@@ -54,7 +54,7 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
-    quantize: Literal['int8'] | None = None  # int8 weights: less memory, and faster one text at a time on a CPU; costs a little quality
+    quantize: Literal['int8'] | None = None  # int8 weights: faster one text at a time on a CPU; costs a little quality
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
     def __post_init__(self) -> None:
@@ -71,6 +71,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         if path:
             state = checkpoint.load(path)
             model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)
+            del state  # with the optimizer's
         else:
             model, tokenizer = GPT.from_pretrained(config.init_from), GPT2Tokenizer()
         # writing one token reads every weight once: half the bytes, twice the speed; int8 weights on a CPU want float32 beside them

@@ -8,6 +8,7 @@ Or from Python: `from train import TrainConfig, train; train(TrainConfig(dataset
 
 What a step does depends on the knobs, the seed and the step's number alone: batches and dropout are drawn from
 (seed, step), so there is no loader or dice to save, and a resumed run takes the very steps that the unbroken one would.
+(With max_minutes the clock has a say in the learning rate.)
 """
 
 import contextlib
@@ -70,7 +71,7 @@ class TrainConfig:
     optimizer: Literal['muon', 'adamw'] = 'muon'  # Muon for the blocks' matrices and AdamW for the rest, or AdamW for all
     learning_rate: float = 6e-4  # the highest; Muon's update has AdamW's size, so one rate serves both
     max_iters: int = 600000  # steps in all
-    max_minutes: float | None = None  # train this long instead, whatever the machine: the schedule is bent to the clock
+    max_minutes: float | None = None  # train this long instead: the schedule is bent to the clock; max_iters and lr_decay_iters do not count
     weight_decay: float = 1e-1  # of matrices
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
@@ -101,6 +102,7 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
+    remat: bool = False  # compute each block again in the backward pass instead of keeping what it made: less memory, a quarter more time
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto, and nccl without a GPU: what works here
     seed: int = 1337  # of initialization, data order and dropout
 
@@ -128,7 +130,7 @@ class TrainConfig:
         )
 
 
-MACHINE_KNOBS = ('init_from', 'out_dir', 'device', 'dtype', 'compile', 'backend', 'wandb_log', 'tensorboard_log', 'eval_only')
+MACHINE_KNOBS = ('init_from', 'out_dir', 'device', 'dtype', 'compile', 'remat', 'backend', 'wandb_log', 'tensorboard_log', 'eval_only')
 METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 
 
@@ -141,7 +143,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # Who are we: one process, or one of several that torchrun started
     world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     main = rank == 0  # this one writes files and speaks
-    keep_freed_memory()
     try:
         device = pick_device(
             f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device
@@ -150,6 +151,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError(str(error)) from None
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+    elif device.type == 'cpu':
+        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         nccl = device.type == 'cuda' and dist.is_nccl_available() and config.backend != 'gloo'
         dist.init_process_group('nccl' if nccl else 'gloo')
@@ -203,6 +206,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(device)
+    model.remat = config.remat
     block_size = model.config.block_size
     try:
         dtype = pick_dtype(config.dtype, device, large=model.num_params() > 1_000_000)
@@ -218,8 +222,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows cannot be shared equally among {world_size} processes')
     share = rows // world_size
     micro = min(batch_size, share)
-    if config.batch_size == 'auto':  # a resumed run takes what was found before: other sizes add up in another order
-        micro = min(state.get('micro') or windows_that_fit(model, share, autocast), share)
+    if config.batch_size == 'auto' and not config.eval_only:  # a resumed run takes what was found before: other sizes add up in another order
+        found = state.get('micro') if config.init_from == 'resume' else None
+        micro = min(found or windows_that_fit(model, share, autocast), share)
         if world_size > 1:
             least = torch.tensor([micro], device=device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -252,17 +257,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         bad_evals, last_eval, seconds_before = state.get('bad_evals', 0), state.get('last_eval', -1), state.get('seconds', 0.0)
     del state
     why = can_compile(device) if config.compile is True or config.compile == 'auto' and device.type == 'cuda' else ''
-    compiled = config.compile is True and not why or config.compile == 'auto' and device.type == 'cuda' and not why
-    if compiled and (why := cannot_compile(model, micro, autocast)):
+    compiled = (config.compile is True or config.compile == 'auto' and device.type == 'cuda') and not why and not config.eval_only
+    if compiled and (why := cannot_compile(model, load_batch(step, 0), autocast)):
         compiled = False
     forward: Any = torch.compile(model) if compiled else model
     if world_size > 1:
+        if compiled:
+            torch._dynamo.reset()  # to compile again in parts, whose gradients are exchanged while the next are computed
         forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == 'cuda' else None)
 
     # -------------------------------------------------------------------------
     # What the outside sees: a log, a table of figures, checkpoints
-    log = Log(config, step, tokenizer) if main and not config.eval_only else None
-    say = log.say if log else print if main else lambda text: None
     eval_rows = max(micro, 16384 // block_size)
     reserve = 0.0  # of max_minutes: seconds that an evaluation takes
     if config.max_minutes:
@@ -273,6 +278,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             reserve = float(slowest)
         if config.eval_iters is None and reserve * val_split.eval_windows() > most:  # from now on, also in resumed runs
             config = with_knobs(config, {'eval_iters': max(1, int(most / reserve / batch_size))})
+    log = Log(config, step, tokenizer) if main and not config.eval_only else None
+    say = log.say if log else print if main else lambda text: None
     windows = val_split.eval_windows(config.eval_iters and config.eval_iters * batch_size)
     reserve *= windows / world_size
     say(
@@ -353,7 +360,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 scaler=scaler.state_dict(),
                 bad_evals=bad_evals,
                 last_eval=last_eval,
-                micro=micro,
+                micro=micro if config.batch_size == 'auto' else None,
                 seconds=seconds_before + time.perf_counter() - began,
             )
 
@@ -392,11 +399,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     share_spent = seconds_before / (60 * config.max_minutes) if config.max_minutes else None  # the same on all processes
     evaluated_at = share_spent or 0.0
     over = step >= config.max_iters if share_spent is None else share_spent >= 1  # nothing left to do
+    if over and share_spent:
+        say(f'the {config.max_minutes:g} minutes are spent: give a larger --max_minutes to go on')
     model.train()
     upcoming = pool.submit(load_batch, step, 0)
     try:
         while True:
-            # Evaluate, and save what we have; on a budget, evaluations take a tenth of it at most
+            # Evaluate, and save what we have; on a budget, evaluations take about a tenth of it at most
             due = step > 0 and step % config.eval_interval == 0
             if share_spent is not None:
                 due = due and (share_spent - evaluated_at) * 60 * config.max_minutes >= 9 * reserve
@@ -525,6 +534,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             first_step_at = first_step_at or time.time()
         if step != last_eval or config.always_save_checkpoint is False:
             save_checkpoint()
+    except RuntimeError as error:
+        raise out_of_memory(error, config) or error from None
     finally:
         bar.close()
         restore()
@@ -594,27 +605,26 @@ def keep_freed_memory() -> None:
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def one_pass(model: Any, rows: int, autocast: Any) -> None:
-    """Forward and backward over `rows` windows of zeros; leaves no gradients."""
-    gpt = model if isinstance(model, GPT) else model._orig_mod
-    x = torch.zeros(rows, gpt.config.block_size, dtype=torch.long, device=gpt.lm_head.weight.device)
+def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> None:
+    """Forward and backward."""
     with autocast:
-        loss = model(x, x)
+        loss = model(x, y)
     loss.backward()
-    gpt.zero_grad(set_to_none=True)
 
 
-def cannot_compile(model: GPT, rows: int, autocast: Any) -> str:
-    """Compile by a pass over `rows` windows. '' if that works, else the first line of why not."""
+def cannot_compile(model: GPT, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
+    """Compile by a pass over a batch like those to come. '' if that works, else the first line of why not."""
     try:
-        one_pass(torch.compile(model), rows, autocast)
+        one_pass(torch.compile(model), *batch, autocast)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's errors have no common class
         return f'compiling failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}'
+    finally:
+        model.zero_grad(set_to_none=True)
     return ''
 
 
@@ -623,15 +633,25 @@ def windows_that_fit(model: GPT, share: int, autocast: Any) -> int:
     device = model.lm_head.weight.device
     if device.type != 'cuda':
         return max(1, min(share, 4096 // model.config.block_size))
-    peaks = []
-    for rows in (1, 2):
-        torch.cuda.reset_peak_memory_stats()
-        one_pass(model, rows, autocast)
-        peaks.append(torch.cuda.max_memory_allocated())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # from the second micro-batch on they are there
+    before, peaks = torch.cuda.memory_allocated(), []
+    try:
+        for rows in (1, 2):
+            x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=device)
+            torch.cuda.reset_peak_memory_stats()
+            one_pass(model, x, x, autocast)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    except torch.OutOfMemoryError:
+        if not peaks:
+            raise
+        return 1  # one window fits, two do not
+    finally:
+        model.zero_grad(set_to_none=True)
+    one_more = max(peaks[1] - peaks[0], peaks[0] // 8, 1)  # what all passes share may hide what a window takes
+    needed = 12 * model.num_params()  # the gradients, and AdamW's two states, in fp32
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    states = 8 * model.num_params()  # AdamW's two, in fp32
-    fit = int((0.9 * free - states - (2 * peaks[0] - peaks[1] - torch.cuda.memory_allocated())) / max(1, peaks[1] - peaks[0]))
-    fit = max(1, min(share, fit))
+    fit = max(1, min(share, 1 + int((0.9 * free - needed - peaks[0]) / one_more)))
     return -(-share // -(-share // fit))  # equal parts
 
 
@@ -823,26 +843,30 @@ class Log:
                     closing()
 
 
+def out_of_memory(error: RuntimeError, config: TrainConfig) -> UserError | None:
+    """What to say if the error is one of memory; torch.OutOfMemoryError is, and the CPU's allocator has no class of its own."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and 'not enough memory' not in text and 'allocate memory' not in text:
+        return None
+    wanted = re.search(r'ried to allocate ([\d.]+ [KMG]?i?B|\d+ bytes)', text)
+    free = re.search(r'of which ([\d.]+ [KMG]?i?B) is free', text)
+    amount = (f' ({wanted[1]} more wanted' + (f', {free[1]} free)' if free else ')')) if wanted else ''
+    windows = config.gradient_accumulation_steps * (config.batch_size if isinstance(config.batch_size, int) else 1)
+    fewer = f'--batch_size=auto --gradient_accumulation_steps={windows} takes as many windows at once as fit, for the same steps; '
+    return UserError(
+        f'out of memory{amount}: '
+        + (f'batch_size is {config.batch_size}; {fewer}' if config.batch_size not in ('auto', 1) else '')
+        + ('' if config.remat else '--remat=True needs less for a quarter more time; ')
+        + 'or use a shorter block_size or a smaller model'
+    )
+
+
 def main() -> None:
     config = configure(TrainConfig, description='Train a GPT.')
     try:
         train(config)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and 'not enough memory' not in str(error) and 'allocate memory' not in str(error):
-            raise
-        wanted = re.search(r'ried to allocate ([\d.]+ [KMG]?i?B|\d+ bytes)', str(error))
-        free = re.search(r'of which ([\d.]+ [KMG]?i?B) is free', str(error))
-        amount = (f' ({wanted[1]} more wanted' + (f', {free[1]} free)' if free else ')')) if wanted else ''
-        raise UserError(
-            f'out of memory{amount}: '
-            + (
-                'not even one window fits; '
-                if config.batch_size in ('auto', 1)
-                else f'halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps (now '
-                f'{config.gradient_accumulation_steps}), which changes nothing else, or give batch_size=auto; or '
-            )
-            + 'use a shorter block_size or a smaller model'
-        ) from None
+    except RuntimeError as error:
+        raise out_of_memory(error, config) or error from None
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from model import GPT, GPTConfig, LinearCrossEntropy, Muon, draw, orthogonalize
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
@@ -353,3 +354,70 @@ def test_generation_leaves_training_dice_alone():
     torch.manual_seed(3)
     list(model.generate([[1]], 5))
     assert torch.equal(torch.rand(3), expected)
+
+
+# -----------------------------------------------------------------------------
+# Writing fast
+
+
+@pytest.mark.parametrize('changes', VARIANTS[:4])
+def test_packed_and_int8_layers_say_the_same(changes):
+    prompt = [[1, 2, 3], [7] * 9]
+    model = random_model(**changes)
+    with torch.inference_mode():
+        expected = model(torch.tensor([[4, 8, 15, 16, 23]]))
+    words = torch.stack(list(model.generate(prompt, 40, temperature=0)))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.quantize()(torch.tensor([[4, 8, 15, 16, 23]])), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(torch.stack(list(model.generate(prompt, 40, temperature=0))), words)
+    model = random_model(**changes).quantize('int8')
+    with torch.inference_mode():
+        error = (model(torch.tensor([[4, 8, 15, 16, 23]])) - expected).std() / expected.std()
+    assert 0 < error < 0.1, 'int8 rounds, a little'
+    assert all(not isinstance(m, torch.nn.Linear) for m in model.modules()), 'every matrix'
+    list(model.generate(prompt, 5))
+
+
+def test_quantize_kinds_that_cannot_be():
+    with pytest.raises(ValueError, match='int4'):
+        random_model().quantize('int4')
+    with pytest.raises(ValueError, match='works on cpu and cuda, not on meta'):
+        random_model().to('meta').quantize('int8')
+
+
+@pytest.mark.parametrize('changes', [dict(arch='modern', n_kv_head=2), dict(arch='gpt2')])
+def test_compiled_step_writes_the_same(changes, monkeypatch):
+    """The static cache, through torch.compile's real tracing; its slow code generation is left to the long round."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True))
+    model = random_model(**changes)
+    for prompts in ([[1, 2, 3]] * 3, [[1], [2, 3, 4, 5]]):
+        kwargs = dict(max_new_tokens=40, temperature=0.9, top_k=20)  # longer than the context: it slides
+        plain = torch.stack(list(model.generate(prompts, **kwargs)))
+        assert torch.equal(torch.stack(list(model.generate(prompts, compile=True, **kwargs))), plain)
+
+
+@pytest.mark.long
+def test_compiled_step_for_real():
+    model = random_model(arch='modern')
+    plain = torch.stack(list(model.generate([[1, 2, 3]] * 2, 40, temperature=0)))
+    assert torch.equal(torch.stack(list(model.generate([[1, 2, 3]] * 2, 40, temperature=0, compile=True))), plain)
+
+
+@pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='modern')])
+def test_bfloat16_training_on_a_cpu_has_autocasts_gradients(changes, monkeypatch):
+    """Our linear layer casts its weights anew for the backward pass; the gradients are those of nn.Linear under autocast."""
+
+    def gradients():
+        model = random_model(**changes)
+        idx = torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(0))
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, idx)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    ours = gradients()
+    monkeypatch.setattr(model_module.Linear, 'forward', torch.nn.Linear.forward)
+    for name, theirs in gradients().items():
+        assert ours[name].dtype == torch.float32
+        torch.testing.assert_close(ours[name], theirs, atol=2e-2 * theirs.abs().max().item(), rtol=2e-2, msg=name)

@@ -86,3 +86,18 @@ def test_output_may_be_cut_off(trained):
         timeout=60,
     )
     assert 'Traceback' not in done.stderr
+
+
+def test_int8(trained):
+    words = ['sample.py', f'--out_dir={trained}', '--start=the ', '--max_new_tokens=30', '--device=cpu', '--quantize=int8']
+    done = script(*words)
+    assert done.returncode == 0 and done.stdout.startswith('the ') and 'float32, int8 weights' in done.stderr
+    assert script(*words).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    'word, message', [('--quantize=int4', 'int8'), ('--compile=True', 'compile=True: pays on CUDA only'), ('--quantize=yes', 'quantize')]
+)
+def test_kinds_that_cannot_be(trained, word, message):
+    done = script('sample.py', f'--out_dir={trained}', '--device=cpu', word)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr

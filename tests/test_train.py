@@ -463,3 +463,87 @@ def test_a_signal_to_several_processes_saves(chars, tmp_path, whom):
     process.communicate(timeout=60)
     step = checkpoint.load(str(tmp_path / 'ckpt.pt'))['iter_num']
     assert step > 0 and train(tiny(chars, tmp_path, '--init_from=resume', f'--max_iters={step + 2}'))['step'] == step + 2
+
+
+# -----------------------------------------------------------------------------
+# The work fitted to the machine
+
+
+def test_a_budget_of_minutes(chars, tmp_path):
+    out = tmp_path / 'o'
+    began = time.monotonic()
+    end = train(tiny(chars, out, '--max_minutes=0.05', '--min_lr=0', '--max_iters=5', '--eval_interval=40'))
+    took = time.monotonic() - began
+    assert end['step'] > 5, 'the clock counts, not max_iters'
+    assert 2 < took < 7, 'about three seconds, and what it takes to set up'
+    last = [float(r['lr']) for r in rows(out) if r['lr']][-1]
+    assert last < 0.1 * 1e-2, 'the schedule came down in time'
+    assert rows(out)[-1]['val_loss'] and float(rows(out)[-1]['seconds']) < 4.5
+    spent = train(tiny(chars, out, '--init_from=resume'))
+    assert spent['step'] <= end['step'] + 3, 'the budget is spent'
+    more = train(tiny(chars, out, '--init_from=resume', '--max_minutes=0.08'))
+    assert more['step'] > end['step'] + 5 and float(rows(out)[-1]['seconds']) < 6.5, 'what is left of the larger budget, no more'
+
+
+def test_rate_over_a_budget():
+    config = TrainConfig(max_minutes=10, learning_rate=1.0, min_lr=0.0, warmup_iters=100, lr_schedule='linear', warmdown=0.5)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(1 / 101)
+    assert learning_rate(config, 3, 0.025) == pytest.approx(0.5), 'a slow machine warms up by the clock'
+    assert learning_rate(config, 100, 0.01) == 1.0, 'a fast one by steps'
+    assert learning_rate(config, 500, 0.75) == pytest.approx(0.5)
+    assert learning_rate(config, 900, 1.0) == learning_rate(config, 901, 1.2) == 0.0
+
+
+def test_a_validation_split_too_long_for_the_budget(tmp_path, demo_text):
+    from dataset import write_dataset
+    from tokenizer import CharTokenizer
+
+    folder = tmp_path / 'd'
+    write_dataset(str(folder), [('train', demo_text, True), ('val', demo_text * 40, True)], CharTokenizer.train([demo_text]))
+    train(tiny(folder, tmp_path / 'o', '--max_minutes=0.02'))
+    told = (tmp_path / 'o' / 'train.log').read_text(encoding='utf-8')
+    seen, whole = (int(n.replace(',', '')) for n in told.split('validation on ')[1].split(' windows')[0].split(' of '))
+    assert seen < whole and json.loads((tmp_path / 'o' / 'config.json').read_text())['eval_iters'] == seen // 4
+
+
+def test_batch_size_auto(chars, tmp_path):
+    words = ['--gradient_accumulation_steps=6', '--max_iters=5']
+    one = train(tiny(chars, tmp_path / 'one', '--batch_size=1', *words))
+    auto = train(tiny(chars, tmp_path / 'auto', '--batch_size=auto', *words))
+    assert auto['val_loss'] == pytest.approx(one['val_loss'], rel=1e-4), 'the same steps, added up in another order'
+    assert checkpoint.load(str(tmp_path / 'auto' / 'ckpt.pt'))['micro'] == 6
+    assert '6 windows at once' in (tmp_path / 'auto' / 'train.log').read_text(encoding='utf-8')
+    whole = train(tiny(chars, tmp_path / 'auto', '--init_from=resume', '--max_iters=9'))
+    assert whole['step'] == 9
+
+
+@pytest.mark.skipif(os.name == 'nt' or shutil.which('g++') is None, reason='needs a compiler to break')
+def test_a_compiler_that_fails_is_told_and_left_out(chars, tmp_path):
+    compiler = tmp_path / 'c++'
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho no room for the output >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    words = command(chars, tmp_path / 'o', '--compile=True', '--max_iters=3')
+    done = script(*words, CXX=compiler, TORCHINDUCTOR_CACHE_DIR=tmp_path / 'cache')
+    assert done.returncode == 0, done.stderr
+    assert 'eager (compiling failed: ' in done.stdout and (tmp_path / 'o' / 'ckpt.pt').exists()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='sets a limit of memory')
+def test_out_of_memory_names_the_amount_and_the_knob(chars, tmp_path):
+    words = command(chars, tmp_path / 'o', '--batch_size=20000', '--n_embd=512')
+    limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9,) * 2)'
+    code = f'{limit}; sys.argv = {words!r}; runpy.run_path("train.py", run_name="__main__")'
+    done = script('-c', code)
+    assert done.returncode == 2 and 'out of memory (' in done.stderr and '--batch_size=auto --gradient_accumulation_steps=20000' in done.stderr, done.stderr
+
+
+def test_remat_is_the_same_training(chars, tmp_path):
+    for name, words in (('plain', []), ('remat', ['--remat=True'])):
+        train(tiny(chars, tmp_path / name, '--max_iters=6', '--dropout=0.1', *words))
+    assert same(weights(tmp_path / 'plain'), weights(tmp_path / 'remat')), 'dropout included'
+
+
+@pytest.mark.parametrize('word', ['--max_minutes=0', '--max_minutes=-1', '--batch_size=0', '--batch_size=many'])
+def test_budgets_that_cannot_be(chars, tmp_path, word):
+    done = script(*command(chars, tmp_path / 'o', word))
+    assert done.returncode == 2 and word[2:].split('=')[0] in done.stderr and done.stderr.count('\n') == 1, done.stderr
