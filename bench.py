@@ -11,7 +11,6 @@ medians, the range, and the ratio pair by pair: on a noisy machine the ratios ho
 run the speed of a matrix product is taken; where that, or a ratio, varied by more than half, the table says so.
 """
 
-import glob
 import json
 import os
 import shutil
@@ -322,6 +321,11 @@ def measure_train(table: Table, config: BenchConfig, device: str) -> None:
 
 def prepared_shakespeare(config: BenchConfig, folder: str) -> None:
     """Tiny Shakespeare's characters in `folder`. Raises UserError if the text cannot be had."""
+    here = os.path.join(HERE, 'data', 'shakespeare_char')
+    if not config.input and os.path.isfile(os.path.join(here, 'train.bin')):
+        for name in ('train.bin', 'val.bin', 'meta.json', 'meta.pkl'):
+            shutil.copy(os.path.join(here, name), folder)
+        return
     text = f'--input={os.path.abspath(config.input)}' if config.input else '--input='
     words = [sys.executable, 'data/shakespeare_char/prepare.py', f'--out_dir={folder}', text]
     made = subprocess.run(words, cwd=HERE, capture_output=True, text=True, check=False)
@@ -473,7 +477,7 @@ def main() -> None:
             measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
         if everything or config.mode == 'data':
             measure_data(table, config)
-        if config.mode == 'loss' or everything and (config.input or glob.glob(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
+        if config.mode == 'loss' or everything and (config.input or os.path.isfile(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
             measure_loss(table, config, device)
         if config.mode == 'tokens':
             measure_tokens(table, config, device)

@@ -1,7 +1,7 @@
 # A character-level model of Tiny Shakespeare, nanoGPT's first example.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
-# On a CPU, smaller (half a minute to nanoGPT's loss of 1.88):
+# On a CPU, smaller (seconds to nanoGPT's loss of 1.88):
 #   python train.py config/train_shakespeare_char.py config/tiny.py
 
 out_dir = 'out-shakespeare-char'
