@@ -319,6 +319,13 @@ def measure_train(table: Table, config: BenchConfig, device: str) -> None:
         )  # fmt: skip
 
 
+def whole_split_loss(out: str, data: str, device: str) -> float:
+    """The validation loss of the checkpoint in `out` by our measure, the whole split."""
+    words = [f'--init_from={out}/ckpt.pt', f'--dataset={data}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
+    code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
+    return child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)['val_loss']
+
+
 def prepared_shakespeare(config: BenchConfig, folder: str) -> None:
     """Tiny Shakespeare's characters in `folder`. Raises UserError if the text cannot be had."""
     here = os.path.join(HERE, 'data', 'shakespeare_char')
@@ -354,10 +361,7 @@ def measure_loss(table: Table, config: BenchConfig, device: str) -> None:
                 if not cuda:
                     peer += [*CPU_SIZE, '--compile=False', '--eval_iters=20', f'--max_iters={steps}', f'--lr_decay_iters={steps}']
                 result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=10, every=250, steps=steps, tokens_per_step=64 * 256 if cuda else 12 * 64)
-                words = [f'--init_from={out}/ckpt.pt', f'--dataset={data}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
-                code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
-                loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
-            return result | {'val_loss': loss['val_loss']}
+                return result | {'val_loss': whole_split_loss(out, data, device)}
 
         table.measure('loss', config.rounds, ours, theirs if config.peer else None)
     losses = table.figures['loss val_loss']['ours']
@@ -381,10 +385,7 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
             peer = [*common, f'--out_dir={out}', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--eval_interval=300']
             peer += ['--log_interval=10', '--eval_iters=20', '--always_save_checkpoint=True', f'--compile={device.startswith("cuda")}']
             result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=20, every=300, steps=300, tokens_per_step=batch * 8 * shape['block_size'])
-            words = [f'--init_from={out}/ckpt.pt', f'--dataset={os.path.abspath(config.dataset)}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
-            code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
-            loss = child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)
-        return result | {'val_loss': loss['val_loss']}
+            return result | {'val_loss': whole_split_loss(out, os.path.abspath(config.dataset), device)}
 
     table.measure('tokens: ours 150 steps, peer 300', config.rounds, lambda: ours(150), theirs if config.peer else None)
     table.measure('tokens: ours 100 steps', config.rounds, lambda: ours(100))
