@@ -180,6 +180,7 @@ result = {'tokens_per_s': batch * tokens / (time.perf_counter() - t)}
 OURS_MEMORY = """
 import train, torch
 from model import GPT, GPTConfig, pick_device, pick_dtype
+from optimizer import configure_optimizers
 device = pick_device(device)
 def used():
     if device.type == 'cuda':
@@ -191,7 +192,7 @@ def used():
 marks = [used()]
 model = GPT(GPTConfig(arch=arch, **shape)).to(device)
 marks.append(used())
-optimizers = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'muon' if arch == 'modern' else 'adamw')
+optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'muon' if arch == 'modern' else 'adamw')
 x = torch.randint(shape['vocab_size'], (batch, shape['block_size']), device=device)
 dtype = pick_dtype(dtype, device)
 for _ in range(2):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -133,15 +134,25 @@ def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
 class Split:
     """One split of a dataset folder: `n_windows` windows of `block_size` + 1 tokens each.
 
+    Of numbered shards, those alone whose number modulo `groups` is `group`: other machines may hold the others.
     Raises UserError if there is no such file, or it is empty, of odd size, or (for training) shorter than one window.
     """
 
-    def __init__(self, folder: str, name: str, block_size: int, vocab_size: int = 65536, seed: int = 1337):
+    def __init__(
+        self, folder: str, name: str, block_size: int, vocab_size: int = 65536, seed: int = 1337, group: int = 0, groups: int = 1
+    ):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         single = os.path.join(folder, f'{name}.bin')
         paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
         if not paths:
             raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
+        if groups > 1:
+            numbers = [int(n[1]) if (n := re.search(r'_(\d+)\.bin$', path)) else None for path in paths]
+            if None in numbers:
+                raise UserError(f'{paths[0]}: shard_groups={groups} deals out numbered shards ({name}_000001.bin …), and this is one file')
+            paths = [path for path, number in zip(paths, numbers) if number % groups == group]
+            if not paths:
+                raise UserError(f'{folder}: shard_groups={groups}, but no {name} shard whose number leaves {group} when divided by it is here')
         self.shards = [TokenFile(path) for path in paths]
         self.paths, self.n_tokens = paths, sum(map(len, self.shards))
         # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
@@ -190,14 +201,19 @@ class Split:
         """The split from end to end in fixed windows, (≤ batch_size, block_size) a batch; targets past the end are -1.
 
         With `limit`, that many windows evenly spread over the split, the same ones every time. Ranks take every
-        world_size-th window, so that together they read each one once.
+        world_size-th window, so that together they read each one once; where they do not come out even, some get one
+        without any target, so that all have as many batches.
         """
         first = self._eval_first()
-        chosen = (np.arange(n := self.eval_windows(limit)) * first[-1] // n)[rank::world_size]
+        n = self.eval_windows(limit)
+        places = np.arange(rank, -(-n // world_size) * world_size, world_size)
+        chosen = np.where(places < n, places * first[-1] // n, -1)
         for at in range(0, len(chosen), batch_size):
             x = np.zeros((len(chosen[at : at + batch_size]), self.block_size), dtype=np.int64)
             y = np.full_like(x, -1)
             for row, window in enumerate(chosen[at : at + batch_size]):
+                if window < 0:
+                    continue
                 shard = int(np.searchsorted(first, window, side='right')) - 1
                 start = int(window - first[shard]) * self.block_size
                 piece = self.shards[shard].read(start, self.block_size + 1)

@@ -1,4 +1,4 @@
-"""The GPT: its configuration, blocks, loss, optimizers, and `generate` with a KV cache.
+"""The GPT: its configuration, blocks, loss, and `generate` with a KV cache.
 
 Two presets, every part of which can be overridden:
 - arch='gpt2': LayerNorm, learned positions, GELU, tied head: OpenAI's GPT-2 (Radford et al. 2019), weights in and out.
@@ -14,8 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,7 +104,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x), 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -312,7 +311,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         most = 2 ** (24 if device == 'cpu' else 27) // weight.size(0)  # fp32 logits: 64 MB at a time, or 512 on a GPU
         chunk = max(64, -(-x.size(0) // -(-x.size(0) // max(1, most))))  # equal parts
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if training else (None, None)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if training else (None, None)
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             for start in range(0, x.size(0), chunk):
@@ -328,6 +327,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     for some, columns in zip(dw.split(8192), grad.split(8192, dim=1)):  # a temporary of (V, C) would cost more than the product
                         some += columns.t() @ part
                     del grad
+        ctx.dtype = weight.dtype
         ctx.save_for_backward(*(() if dx is None else (dx, dw)))
         return loss
 
@@ -335,7 +335,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx, dw = ctx.saved_tensors  # scaled in place: (V, C) is too large for a copy, so backward can run only once
-        return dx.mul_(grads[0].to(dx.dtype)), dw.mul_(grads[0].to(dw.dtype)), None, None
+        return dx.mul_(grads[0].to(dx.dtype)), dw.mul_(grads[0]).to(ctx.dtype), None, None
 
 
 # -----------------------------------------------------------------------------
@@ -348,23 +348,35 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-                ln_f=make_norm(config, config.n_embd),
+        device = torch.get_default_device()
+        with torch.device('meta'):  # shapes only: nothing is drawn that init_weights would draw again
+            self.transformer = nn.ModuleDict(
+                dict(
+                    wte=nn.Embedding(config.vocab_size, config.n_embd),
+                    **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
+                    drop=nn.Dropout(config.dropout),
+                    h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                    ln_f=make_norm(config, config.n_embd),
+                )
             )
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.transformer.wte.weight = self.lm_head.weight
-        self.register_buffer('positions', self._position_table(), persistent=False)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            if config.tie_weights:
+                self.lm_head.weight = self.transformer.wte.weight
+            self.register_buffer('positions', None, persistent=False)
         self.remat = False  # keep the blocks' inputs only and compute the rest again in the backward pass (Chen et al. 2016)
         self.compiled_step: Any = None  # of generate, kept from call to call
         self.static_cache: KVCache | None = None
-        self.init_weights()
+        if device.type != 'meta':
+            self.materialize(device)
+            self.init_weights()
+
+    def materialize(self, device: torch.device) -> None:
+        """Give a model made under `torch.device('meta')`, which has shapes only, memory for its weights; then `init_weights()` or load them."""
+        self.to_empty(device=device)
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        table = self._position_table()
+        self.positions = None if table is None else table.to(device)
 
     def _position_table(self) -> torch.Tensor | None:
         """What a position adds or turns by: (2, T, D) cosines and sines for RoPE, (1, T, C) for sinusoidal, None for learned."""
@@ -387,15 +399,19 @@ class GPT(nn.Module):
         """
         config = self.config
         for name, p in self.named_parameters():
+            # of a sharded weight each process draws the whole and keeps its part: the same weights on any number of processes
+            whole = torch.empty(p.shape, dtype=p.dtype) if is_sharded(p) else p
             if p.dim() < 2:
-                nn.init.ones_(p) if name.endswith('weight') else nn.init.zeros_(p)
+                nn.init.ones_(whole) if name.endswith('weight') else nn.init.zeros_(whole)
             elif config.arch == 'gpt2':
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1))
+                nn.init.normal_(whole, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1))
             elif name.endswith('c_proj.weight') or name == 'lm_head.weight' and not config.tie_weights:
-                nn.init.zeros_(p)  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
+                nn.init.zeros_(whole)  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
             else:
                 embedding = 0.02 if config.tie_weights else 0.2
-                nn.init.normal_(p, std=embedding if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) else 0.5 * config.n_embd**-0.5)
+                nn.init.normal_(whole, std=embedding if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) else 0.5 * config.n_embd**-0.5)
+            if is_sharded(p):
+                put(p, whole)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """The last block's normalized output (B, T, C) for token ids (B, T), which follow what the cache holds."""
@@ -414,6 +430,8 @@ class GPT(nn.Module):
                 mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
                 place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.wte(idx)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # what the blocks add up stays in fp32, also where FSDP2 hands out the weights in bfloat16
         rope = None
         if self.positions is None:
             x = x + self.transformer.wpe(place)
@@ -467,39 +485,6 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
         else:
             self.positions = self.positions[:, :block_size].clone()
-
-    # -------------------------------------------------------------------------
-    # Learning
-
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], optimizer: str = 'muon'
-    ) -> dict[str, torch.optim.Optimizer]:
-        """{'adamw': …} for all parameters, or {'adamw': …, 'muon': …} with the blocks' matrices under Muon.
-
-        Norms and biases are not decayed; nor are the embeddings under Muon (Jordan et al. 2024 leave them to Adam).
-        """
-        config = self.config
-        heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
-        splits = {'attn.c_attn.weight': [h * config.n_embd // config.n_head for h in heads]}
-        if config.mlp == 'swiglu':
-            splits['mlp.c_fc.weight'] = [config.n_ff or 0] * 2
-        groups: dict[str, list[nn.Parameter]] = {'decay': [], 'plain': []}
-        matrices: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
-        for name, p in self.named_parameters():
-            if optimizer == 'muon' and p.dim() == 2 and name.startswith('transformer.h.'):
-                matrices[tuple(next((s for end, s in splits.items() if name.endswith(end)), ()))].append(p)
-            else:
-                groups['decay' if p.dim() >= 2 and optimizer != 'muon' else 'plain'].append(p)
-        adamw = [{'params': groups['decay'], 'weight_decay': weight_decay}, {'params': groups['plain'], 'weight_decay': 0.0}]
-        device = next(self.parameters()).device.type
-        made: dict[str, torch.optim.Optimizer] = {
-            'adamw': torch.optim.AdamW([g for g in adamw if g['params']], lr=learning_rate, betas=betas, fused=device in ('cpu', 'cuda'))
-        }
-        if matrices:
-            made['muon'] = Muon(
-                [{'params': ps, 'rows': list(rows)} for rows, ps in matrices.items()], lr=learning_rate, weight_decay=weight_decay
-            )
-        return made
 
     # -------------------------------------------------------------------------
     # Writing
@@ -744,58 +729,27 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
 
 
 # -----------------------------------------------------------------------------
-# Muon
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized by Newton–Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for 2-D weights.
-
-    The update is scaled to the RMS that AdamW's has, 0.2 √max(rows, columns) (Liu et al. 2025, "Muon is Scalable"), so a
-    learning rate tuned for AdamW serves. A group's `rows` cuts a fused matrix (q, k, v) into those that are orthogonalized
-    each by itself. Matrices of one shape go through Newton–Schulz together: a few big products instead of many small.
-    """
-
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, rows=[]))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        alike: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, bool, dict]]] = defaultdict(list)
-        for group in self.param_groups:
-            params = [p for p in group['params'] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
-                if 'momentum_buffer' not in self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-            buffers = [self.state[p]['momentum_buffer'] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
-            updates = torch._foreach_lerp(grads, buffers, group['momentum'])  # Nesterov's
-            for p, update in zip(params, updates):
-                rows = group['rows'] or [p.size(0)]
-                for weight, part in zip(p.split(rows), update.split(rows)):
-                    tall = part.size(0) > part.size(1)  # turn tall ones so that products are of the smaller side
-                    alike[min(part.shape), max(part.shape)].append((weight, part.t() if tall else part, tall, group))
-        for (_, columns), items in alike.items():
-            updates = orthogonalize(torch.stack([part for _, part, _, _ in items]))
-            for (weight, _, tall, group), update in zip(items, updates):
-                weight.mul_(1 - group['lr'] * group['weight_decay'])
-                weight.add_(update.t() if tall else update, alpha=-group['lr'] * 0.2 * columns**0.5)
-
-
-def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Bring the singular values of each matrix of x (N, rows ≤ columns) near 1: the quintic Newton–Schulz iteration of Muon."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if fast_bf16(x.device):
-        x = x.bfloat16()
-    for _ in range(steps):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x
-
-
-# -----------------------------------------------------------------------------
 # The machine
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Is it a DTensor? Asked so because importing those takes half a second, which most runs need not spend."""
+    return hasattr(tensor, 'to_local')
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy `whole` into `tensor` in place; into a tensor sharded over processes, the part that is this process's."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local(tensor).copy_(local(whole))
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,14 +32,16 @@ from typing import Any, Literal
 # threads that wait go to sleep soon: spinning ones make a training beside any other program (a browser, a second run) several times slower
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, read_tokenizer
-from model import GPT, GPTConfig, can_compile, is_gpt2, matmul_ceiling, pick_device, pick_dtype
+from model import GPT, GPTConfig, can_compile, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
+from optimizer import configure_optimizers
+from parallel import Team, lost_contact, shard
 from tokenizer import CharTokenizer, Tokenizer
 
 
@@ -48,7 +51,7 @@ class TrainConfig:
     out_dir: str = 'out'  # checkpoints, metrics.csv, train.log and config.json go here
     dataset: str = 'openwebtext'  # a folder, or a name under data/
     prepare: str = ''  # the script and options that make the dataset, if they are not data/<dataset>/prepare.py
-    init_from: str = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint to fine-tune
+    init_from: str = 'scratch'  # scratch, resume, gpt2 … gpt2-xl, or a checkpoint to fine-tune; auto (or auto:gpt2 …): resume if there is something to
     # Model (see model.py); None leaves it to arch
     arch: Literal['modern', 'gpt2'] = 'modern'  # RoPE, RMSNorm, QK-norm, SwiGLU; or GPT-2 as it was
     n_layer: int = 12  # blocks
@@ -67,6 +70,7 @@ class TrainConfig:
     # Batch
     batch_size: int | Literal['auto'] = 12  # windows a process works on at once; auto: as 1 in what is computed, but as many at once as fit
     gradient_accumulation_steps: int = 5 * 8  # times batch_size: the windows of one step, shared among all processes
+    shard_groups: int = 1  # deal the dataset's shards into so many groups, each the source of its part of every batch: a node needs only its groups
     # Optimizer
     optimizer: Literal['muon', 'adamw'] = 'muon'  # Muon for the blocks' matrices and AdamW for the rest, or AdamW for all
     learning_rate: float = 6e-4  # the highest; Muon's update has AdamW's size, so one rate serves both
@@ -98,21 +102,27 @@ class TrainConfig:
     patience: int = 0  # stop after this many evaluations without a better validation loss; 0 is off
     target_val_loss: float | None = None  # stop once the validation loss is this low
     always_save_checkpoint: bool = True  # False: at evaluations save ckpt.pt only when the validation loss improved
+    checkpoint_interval: int = 0  # save ckpt.pt every so many steps, beside evaluations; 0 is off. SIGUSR1 asks for one at any time
+    checkpoint_minutes: float = 10  # save ckpt.pt when the last one is older than this; 0 is off
+    checkpoint_async: bool = True  # write checkpoints while training goes on; takes the host memory of one copy meanwhile
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
     remat: bool = False  # compute each block again in the backward pass instead of keeping what it made: less memory, a quarter more time
+    parallel: Literal['ddp', 'fsdp'] = 'ddp'  # several processes: each has the whole model; or its part of every weight, for models that do not fit
+    cpu_offload: bool = False  # with fsdp on a GPU: weights, gradients and optimizer states lie in the host's memory
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torch.distributed; auto, and nccl without a GPU: what works here
+    timeout_minutes: float = 10  # a process that waits this long for the others gives up
     seed: int = 1337  # of initialization, data order and dropout
 
     def __post_init__(self) -> None:
         for names, ok, expected in (
             ('batch_size', lambda v: v == 'auto' or v >= 1, 'auto or at least 1'),
-            ('gradient_accumulation_steps eval_interval log_interval', lambda v: v >= 1, 'at least 1'),
+            ('gradient_accumulation_steps eval_interval log_interval shard_groups', lambda v: v >= 1, 'at least 1'),
             ('max_minutes', lambda v: v is None or v > 0, 'None or more than 0'),
-            ('max_iters warmup_iters sample_interval patience weight_decay grad_clip', lambda v: v >= 0, '0 or more'),
-            ('learning_rate', lambda v: v > 0, 'more than 0'),
+            ('max_iters warmup_iters sample_interval patience weight_decay grad_clip checkpoint_interval checkpoint_minutes', lambda v: v >= 0, '0 or more'),
+            ('learning_rate timeout_minutes', lambda v: v > 0, 'more than 0'),
             ('beta1 beta2', lambda v: 0 <= v < 1, 'from 0 to below 1'),
             ('warmdown', lambda v: 0 <= v <= 1, 'a share from 0 to 1'),
             ('eval_iters lr_decay_iters', lambda v: v is None or v >= 1, 'None or at least 1'),
@@ -121,6 +131,10 @@ class TrainConfig:
             for name in names.split():
                 if not ok(getattr(self, name)):
                     raise ValueError(f'{name}={getattr(self, name)}: expected {expected}')
+        if self.parallel == 'fsdp' and self.dtype == 'float16':
+            raise ValueError('dtype=float16 does not go with parallel=fsdp: use bfloat16')
+        if self.cpu_offload and self.parallel != 'fsdp':
+            raise ValueError('cpu_offload=True needs parallel=fsdp')
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
@@ -130,7 +144,12 @@ class TrainConfig:
         )
 
 
-MACHINE_KNOBS = ('init_from', 'out_dir', 'device', 'dtype', 'compile', 'remat', 'backend', 'wandb_log', 'tensorboard_log', 'eval_only')
+MACHINE_KNOBS = tuple(
+    'init_from out_dir device dtype compile remat parallel cpu_offload backend timeout_minutes wandb_log tensorboard_log eval_only '
+    'checkpoint_interval checkpoint_minutes checkpoint_async'.split()
+)
+BEST_KEYS = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'meta')
+OF_A_RUN = ('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json')
 METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 
 
@@ -141,37 +160,40 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     # -------------------------------------------------------------------------
     # Who are we: one process, or one of several that torchrun started
-    world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
-    main = rank == 0  # this one writes files and speaks
-    try:
-        device = pick_device(
-            f'cuda:{local_rank}' if world_size > 1 and torch.cuda.is_available() and config.device in ('auto', 'cuda') else config.device
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    elif device.type == 'cpu':
+    fsdp = config.parallel == 'fsdp'
+    team = Team(config.device, config.backend, config.timeout_minutes, alone=fsdp)
+    main, device = team.main, team.device
+    if device.type == 'cpu':
         keep_freed_memory()
-    if world_size > 1 and not dist.is_initialized():
-        nccl = device.type == 'cuda' and dist.is_nccl_available() and config.backend != 'gloo'
-        dist.init_process_group('nccl' if nccl else 'gloo')
 
     # -------------------------------------------------------------------------
     # Where do we start: from nothing, from a checkpoint, from GPT-2
     state: dict[str, Any] = {}
     source = changes = ''
+
+    def read(where: str, best: bool) -> tuple[str, dict[str, Any]]:
+        """The checkpoint that the first process finds whole; the others read the same."""
+        if main:
+            found: dict[str, Any] = {}
+            path = team.told(lambda: found.update(zip(('path', 'state'), checkpoint.load_from(where, best, True, lazy=fsdp))) or found['path'])
+            return path, found['state']
+        path = team.told(lambda: '')
+        return path, checkpoint.load(path, optimizer=True, lazy=fsdp, checked=True)
+
+    auto, _, otherwise = config.init_from.partition(':')
+    if auto == 'auto' or team.restarted:  # torchrun restarts a run with the very words that began it
+        otherwise = (otherwise or 'scratch') if auto == 'auto' else config.init_from
+        there = team.told(lambda: os.path.isdir(config.out_dir) and bool(checkpoint.candidates(config.out_dir)))
+        config = with_knobs(config, {'init_from': 'resume' if there else otherwise})
     if config.init_from == 'resume':
-        source = checkpoint.find(config.out_dir, best=False)
-        state = checkpoint.load(source)
+        source, state = read(config.out_dir, best=False)
         config = resume_config(config, state, source)
         before = state.get('config', {})
         names = [n for n in sorted(given(config) - set(MACHINE_KNOBS)) if n in before and before[n] != getattr(config, n)]
         changes = ', '.join(f'{n}={getattr(config, n)} (was {before[n]})' for n in names)
     elif config.init_from != 'scratch' and not is_gpt2(config.init_from):
-        source = checkpoint.find(config.init_from)
-        state = checkpoint.load(source)
-    folder = prepared_folder(config, local_rank, world_size)
+        source, state = read(config.init_from, best=True)
+    folder = prepared_folder(config, team)
     tokenizer = read_tokenizer(folder)
     if state and tokenizer.state() != checkpoint.tokenizer_of(state).state():
         raise UserError(
@@ -183,16 +205,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     try:
+        crop = config.block_size if 'block_size' in given(config) else None
         if state:
-            model = checkpoint.build_model(state, source, dropout=config.dropout)
+            model = (checkpoint.empty_model if fsdp else checkpoint.build_model)(state, source, dropout=config.dropout)
         elif config.init_from == 'scratch':
             # a large vocabulary is rounded up to a multiple of 64: GPUs multiply such matrices faster; the spare ids are never drawn
             size = tokenizer.vocab_size
-            model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
+            with torch.device('meta') if fsdp else contextlib.nullcontext():
+                model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
         else:
             model = GPT.from_pretrained(config.init_from, dropout=config.dropout)
-        if 'block_size' in given(config) and config.block_size < model.config.block_size:
-            model.crop_block_size(config.block_size)
+            if fsdp:
+                state['model'] = model.state_dict()
+                with torch.device('meta'):
+                    model = GPT(model.config)
+        if crop and crop < model.config.block_size:
+            if fsdp and model.config.position == 'learned':
+                raise ValueError(f'block_size={crop}: learned positions ({model.config.block_size} now) cannot be cropped under parallel=fsdp')
+            model.crop_block_size(crop)
         shape = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
         if config.init_from != 'scratch':
             for name, value in shape.items():
@@ -203,65 +233,98 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         f'leave {name} out, or start from scratch'
                     )
             config = with_knobs(config, shape)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    model.to(device)
-    model.remat = config.remat
-    block_size = model.config.block_size
-    try:
         dtype = pick_dtype(config.dtype, device, large=model.num_params() > 1_000_000)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if fsdp and dtype == torch.float16:
+        dtype = torch.float32  # an older GPU: its gradients' scaler does not know sharded ones
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    model.remat = config.remat
+    compiled = (config.compile is True or config.compile == 'auto' and device.type == 'cuda') and not config.eval_only
+    why = can_compile(device) if compiled else ''
+    if fsdp:  # no process ever holds the whole
+        if compiled and not why:
+            for block in model.transformer.h:
+                block.compile()
+        shard(model, team, dtype, config.cpu_offload)
+        model.materialize(torch.device('cpu') if config.cpu_offload else device)
+        if model.positions is not None:
+            model.positions = model.positions.to(device)
+        with torch.no_grad():
+            if state.get('model'):
+                for name, tensor in model.state_dict().items():
+                    put(tensor, state['model'][name])
+            elif source:
+                state = checkpoint.read_folder(source, config.init_from == 'resume', into=model)
+            else:
+                model.init_weights()
+    else:
+        model.to(device)
+    block_size = model.config.block_size
 
     # -------------------------------------------------------------------------
     # Data: this process's share of each step's windows
     batch_size = 1 if config.batch_size == 'auto' else config.batch_size
     rows = batch_size * config.gradient_accumulation_steps  # windows a step, over all processes
-    if rows % world_size:
-        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows cannot be shared equally among {world_size} processes')
-    share = rows // world_size
+    if rows < team.size:
+        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {team.size} processes')
+    if rows % config.shard_groups:
+        raise UserError(f'the {rows} windows of a step cannot be shared equally among shard_groups={config.shard_groups}')
+    first, end = (rows * r // team.size for r in (team.rank, team.rank + 1))  # in processes of unequal shares the weights differ, below
+    share = -(-rows // team.size)  # the largest
     micro = min(batch_size, share)
     if config.batch_size == 'auto' and not config.eval_only:  # a resumed run takes what was found before: other sizes add up in another order
         found = state.get('micro') if config.init_from == 'resume' else None
-        micro = min(found or windows_that_fit(model, share, autocast), share)
-        if world_size > 1:
-            least = torch.tensor([micro], device=device)
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-            micro = int(least)
+        micro = -int(team.most(-min(found or windows_that_fit(model, share, autocast), share))[0])
+    passes = -(-share // micro)  # the same number on all processes, which exchange something in each
+    parts = [(first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes) for i in range(passes)]
     tokens_per_step = rows * block_size
-    train_split = Split(folder, 'train', block_size, model.config.vocab_size, config.seed)
+    per_group = rows // config.shard_groups
+    train_splits = {
+        group: Split(folder, 'train', block_size, model.config.vocab_size, config.seed, group, config.shard_groups)
+        for group in range(first // per_group, (end - 1) // per_group + 1)
+    }
     val_split = Split(folder, 'val', block_size, model.config.vocab_size)
+    n_tokens = sum(s.n_tokens for s in train_splits.values()) * config.shard_groups // len(train_splits)
     ratio = bytes_per_token(folder)
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works on this one
 
-    def load_batch(step: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        arrays = train_split.batch(step * rows + rank * share + at, min(micro, share - at))
-        x, y = (torch.from_numpy(a) for a in arrays)
+    def load_batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start, stop = parts[part][0], max(parts[part][1], parts[part][0] + 1)  # of none, one is read and weighs nothing
+        arrays = [
+            split.batch(step * per_group + lo - group * per_group, hi - lo)
+            for group, split in train_splits.items()
+            if (lo := max(start, group * per_group)) < (hi := min(stop, (group + 1) * per_group))
+        ]
+        x, y = (torch.from_numpy(np.concatenate(a) if len(a) > 1 else a[0]) for a in zip(*arrays))
         if device.type == 'cuda':  # from pinned memory the copy runs beside the GPU's work
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     # -------------------------------------------------------------------------
     # Optimizers and precision
-    optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.optimizer)
+    muon_dtype = torch.float32 if config.dtype == 'float32' else None  # asked for by name, it holds for Muon's products too
+    optimizers = configure_optimizers(
+        model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.optimizer, muon_dtype
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
     step, best_val_loss, bad_evals, last_eval, seconds_before = 0, math.inf, 0, -1, 0.0
+    losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
     if config.init_from == 'resume':
         load_optimizers(optimizers, state['optimizer'], source)
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
         step, best_val_loss = int(state['iter_num']), float(state['best_val_loss'])
         bad_evals, last_eval, seconds_before = state.get('bad_evals', 0), state.get('last_eval', -1), state.get('seconds', 0.0)
+        losses = [torch.tensor(loss if main else 0.0, device=device) for loss in state.get('losses', [])]
     del state
-    why = can_compile(device) if config.compile is True or config.compile == 'auto' and device.type == 'cuda' else ''
-    compiled = (config.compile is True or config.compile == 'auto' and device.type == 'cuda') and not why and not config.eval_only
-    if compiled and (why := cannot_compile(model, load_batch(step, 0), autocast)):
-        compiled = False
-    forward: Any = torch.compile(model) if compiled else model
-    if world_size > 1:
+    if compiled and not why:
+        why = cannot_compile(model, load_batch(step, 0), autocast)
+    compiled = compiled and not why
+    forward: Any = torch.compile(model) if compiled and not fsdp else model
+    if team.size > 1 and not fsdp:
         if compiled:
             torch._dynamo.reset()  # to compile again in parts, whose gradients are exchanged while the next are computed
         forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -271,33 +334,31 @@ def train(config: TrainConfig) -> dict[str, Any]:
     eval_rows = max(micro, 16384 // block_size)
     reserve = 0.0  # of max_minutes: seconds that an evaluation takes
     if config.max_minutes:
-        reserve, most = time_to_evaluate(model, val_split, eval_rows, autocast), 0.05 * 60 * config.max_minutes * world_size
-        if world_size > 1:
-            slowest = torch.tensor([reserve], dtype=torch.float64, device=device)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            reserve = float(slowest)
+        most = 0.05 * 60 * config.max_minutes * team.size
+        (reserve,) = team.most(time_to_evaluate(model, val_split, eval_rows, autocast))
         if config.eval_iters is None and reserve * val_split.eval_windows() > most:  # from now on, also in resumed runs
             config = with_knobs(config, {'eval_iters': max(1, int(most / reserve / batch_size))})
     log = Log(config, step, tokenizer) if main and not config.eval_only else None
     say = log.say if log else print if main else lambda text: None
     windows = val_split.eval_windows(config.eval_iters and config.eval_iters * batch_size)
-    reserve *= windows / world_size
+    reserve *= windows / team.size
     say(
         f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
         f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}'
     )
     say(
-        f'data: {folder}, {train_split.n_tokens:,} training tokens; a step reads {tokens_per_step:,}, '
+        f'data: {folder}, {n_tokens:,} training tokens; a step reads {tokens_per_step:,}, '
         + (
             f'for {config.max_minutes:g} minutes'
             if config.max_minutes
-            else f'all {config.max_iters:,} steps read it {config.max_iters * tokens_per_step / train_split.n_tokens:.1f} times'
+            else f'all {config.max_iters:,} steps read it {config.max_iters * tokens_per_step / n_tokens:.1f} times'
         )
         + f'; validation on {windows:,} of {val_split.eval_windows():,} windows'
     )
     say(
         f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
-        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {world_size} process{"es" * (world_size > 1)}'
+        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {team.size} process{"es" * (team.size > 1)}'
+        + ' (fsdp)' * fsdp
         + (f', {micro} windows at once' if config.batch_size == 'auto' else '')
     )
     if config.init_from == 'resume':
@@ -309,92 +370,111 @@ def train(config: TrainConfig) -> dict[str, Any]:
         """Mean loss in nats per token over the validation windows, each read once by one of the processes."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for x, y in val_split.eval_batches(eval_rows, windows, rank, world_size):
+        for x, y in val_split.eval_batches(eval_rows, windows, team.rank, team.size):
             with autocast:
                 loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
             count = int((y >= 0).sum())
             total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
         model.train()
-        if world_size > 1:
-            total = total.to(device) if device.type == 'cuda' else total
-            dist.all_reduce(total)
+        total = team.sum(total.to(device))
         return float(total[0] / total[1])
 
     def bits(loss: float) -> str:
         return f', {loss / ratio / math.log(2):.3f} bits per byte' if ratio else ''
 
-    def save(name: str, **more: Any) -> None:
-        """Write out_dir/name. A full disk does not end a long run: it is said, and the last good file stays."""
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise UserError(went_wrong('weights', step))
-        try:
-            checkpoint.save(
-                os.path.join(config.out_dir, name),
-                {
-                    'model': model.state_dict(),
-                    'model_args': model.config.to_dict(),
-                    'iter_num': step,
-                    'best_val_loss': best_val_loss,
-                    'config': dataclasses.asdict(config),
-                    'tokenizer': tokenizer.state(),
-                    'meta': {'bytes_per_token': ratio},
-                    **more,
-                },
-            )
-            unsaved.pop(name, None)
-            saved[name] = step
-        except OSError as error:
-            unsaved[name] = str(error.strerror or error)
-            say(
-                f'WARNING: {config.out_dir}/{name} could not be saved at step {step} ({unsaved[name]}); the last good one is kept. '
-                'Make room: saving is tried again.'
-            )
+    def save(best: bool = False) -> None:
+        """Write ckpt.pt, and with `best` best.pt. A full disk does not end a long run: it is said, and the last good files stay."""
+        nonlocal saved_at, saved_when
+        settle()
+        so_far = team.sum(torch.stack(losses)).tolist() if losses else []
+        if losses and not main:
+            losses[:] = [torch.zeros_like(loss) for loss in losses]
+        elif losses:
+            losses[:] = [torch.tensor(loss, device=device) for loss in so_far]
+        saved_at, saved_when = step, time.perf_counter()
+        if not main and not fsdp:
+            return
+        state = {
+            'model': model.state_dict(),
+            'model_args': model.config.to_dict(),
+            'iter_num': step,
+            'best_val_loss': best_val_loss,
+            'config': dataclasses.asdict(config),
+            'tokenizer': tokenizer.state(),
+            'meta': {'bytes_per_token': ratio},
+            'optimizer': {k: o.state_dict() for k, o in optimizers.items()},
+            'scaler': scaler.state_dict(),
+            'bad_evals': bad_evals,
+            'last_eval': last_eval,
+            'losses': so_far,
+            'micro': micro if config.batch_size == 'auto' else None,
+            'seconds': seconds_before + time.perf_counter() - began,
+        }
+        writer.submit(state, lambda copy: write(copy, best))
 
-    def save_checkpoint() -> None:
-        if main:
-            if 'best.pt' not in saved and os.path.exists(stale := os.path.join(config.out_dir, 'best.pt')):
-                os.remove(stale)  # an earlier run's, in the same folder: sample.py would take it for this one's
-            save(
-                'ckpt.pt',
-                optimizer={k: o.state_dict() for k, o in optimizers.items()},
-                scaler=scaler.state_dict(),
-                bad_evals=bad_evals,
-                last_eval=last_eval,
-                micro=micro if config.batch_size == 'auto' else None,
-                seconds=seconds_before + time.perf_counter() - began,
-            )
+    def write(state: dict[str, Any], best: bool) -> None:
+        """The part of saving that runs beside the training."""
+        if not all(bool(local(w).isfinite().all()) for w in state['model'].values()):
+            raise FloatingPointError('weights')
+        if log:
+            log.sync()  # its rows up to this step are on the disk before the checkpoint that counts on them
+        for name in (['best'] if best else []) + ['ckpt']:
+            name += '' if fsdp else '.pt'
+            path = os.path.join(config.out_dir, name)
+            part = state if name.startswith('ckpt') else {k: state[k] for k in BEST_KEYS}
+            try:
+                if fsdp:
+                    checkpoint.save_folder(path, part, name == 'ckpt', team.files)
+                else:
+                    checkpoint.save(path, part, name == 'ckpt.pt')
+                unsaved.pop(name, None)
+                saved[name] = state['iter_num']
+            except OSError as error:
+                unsaved[name] = str(error.strerror or error)
+                say(
+                    f'WARNING: {path} could not be saved at step {state["iter_num"]} ({unsaved[name]}); the last good one is kept. '
+                    'Make room: saving is tried again.'
+                )
+
+    def settle(seconds: float | None = None) -> None:
+        """Wait for the writing of the last checkpoint, or (`seconds=0`) see whether it came to an end."""
+        try:
+            writer.wait(seconds)
+        except FloatingPointError as error:
+            team.fail(went_wrong(str(error), saved_at))
 
     def went_wrong(what: str, at: int) -> str:
         return (
             f'the {what} became NaN or infinite at step {at}; '
             + (
-                f'{config.out_dir}/ckpt.pt keeps the last good state, of step {saved["ckpt.pt"]}. '
-                if 'ckpt.pt' in saved
+                f'{config.out_dir}/{ckpt} keeps the last good state, of step {saved[ckpt]}. '
+                if ckpt in saved
                 else 'nothing was saved yet. '
             )
             + f'Try a lower learning_rate (now {config.learning_rate}), more warmup_iters, or dtype=float32'
         )
 
-    saved: dict[str, int] = {'ckpt.pt': step, 'best.pt': step} if config.init_from == 'resume' else {}  # file: step it holds
+    ckpt = 'ckpt' if fsdp else 'ckpt.pt'
+    saved: dict[str, int] = {ckpt: step} if config.init_from == 'resume' else {}  # file: step it holds
     unsaved: dict[str, str] = {}
+    saved_at, saved_when = -1, time.perf_counter()
+    writer = checkpoint.Writer(config.checkpoint_async, team.cpu_mesh)
     if config.eval_only:
         pool.shutdown()
         val_loss = evaluate()
         say(f'validation loss {val_loss:.4f} nats per token{bits(val_loss)}')
-        if world_size > 1:
-            dist.destroy_process_group()
+        team.close()
         return {'step': step, 'val_loss': val_loss, 'best_val_loss': min(val_loss, best_val_loss), 'train_seconds': 0.0}
 
     # -------------------------------------------------------------------------
     # The loop
-    asked: dict[str, int] = {'signal': 0}  # the signal that this process got
+    asked: dict[str, int] = {'signal': 0, 'save': 0}  # what this process was asked for by signals
     stopping = 0  # the signal that all processes agreed to stop for
     restore = catch_signals(asked)
     total, quiet = None if config.max_minutes else config.max_iters, not main or not sys.stderr.isatty()
     bar = tqdm(total=total, initial=step, disable=quiet, unit='step', dynamic_ncols=True, smoothing=0.05)
     began = last_log = time.perf_counter()
     train_seconds, first_step_at, val_loss, train_loss, outcome, told = 0.0, 0.0, math.nan, math.nan, '', False
-    losses: list[torch.Tensor] = []  # since the last log line; read together, so that the GPU need not wait for us
     grad_norm: Any = 0.0
     share_spent = seconds_before / (60 * config.max_minutes) if config.max_minutes else None  # the same on all processes
     evaluated_at = share_spent or 0.0
@@ -402,9 +482,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if over and share_spent:
         say(f'the {config.max_minutes:g} minutes are spent: give a larger --max_minutes to go on')
     model.train()
+    wanted = False  # a checkpoint, by signal or by the clock
     upcoming = pool.submit(load_batch, step, 0)
     try:
         while True:
+            settle(0)
             # Evaluate, and save what we have; on a budget, evaluations take about a tenth of it at most
             due = step > 0 and step % config.eval_interval == 0
             if share_spent is not None:
@@ -413,7 +495,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 evaluating = time.perf_counter()
                 val_loss, last_eval = evaluate(), step
                 if not math.isfinite(val_loss):
-                    raise UserError(went_wrong('validation loss', step))
+                    team.fail(went_wrong('validation loss', step))
                 better = val_loss < best_val_loss
                 best_val_loss, bad_evals = min(val_loss, best_val_loss), 0 if better else bad_evals + 1
                 if log:
@@ -432,20 +514,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
                             'learning this text by heart. best.pt keeps the best weights; more text, more dropout or a smaller model would help.'
                         )
                         told = True
-                    if better:
-                        save('best.pt')
-                    if config.sample_interval and step % config.sample_interval == 0:
-                        say(write_sample(model, tokenizer, config.sample_start))
                 if better or config.always_save_checkpoint:
-                    save_checkpoint()
+                    save(best=better)
+                if config.sample_interval and step % config.sample_interval == 0 and (main or fsdp):
+                    say(write_sample(model, tokenizer, config.sample_start))
                 if config.target_val_loss is not None and val_loss <= config.target_val_loss:
                     outcome = f'reached the target validation loss of {config.target_val_loss}'
                 elif config.patience and bad_evals >= config.patience:
                     outcome = f'no better validation loss for {bad_evals} evaluations (patience)'
                 last_log = time.perf_counter()
-                if world_size == 1:
+                if team.size == 1:
                     reserve = last_log - evaluating
                 evaluated_at = share_spent or 0.0
+            if saved_at != step > 0 and not stopping and (wanted or config.checkpoint_interval and step % config.checkpoint_interval == 0):
+                save()
+            wanted = False
             if stopping or outcome or over:
                 break
 
@@ -457,22 +540,30 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     group['lr'] = lr
                     if 'momentum' in group:  # Muon's begins lower: the first updates should follow the first gradients (Jordan et al. 2024)
                         group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
-            if config.dropout:
-                torch.manual_seed(((config.seed * 1_000_003 + step) * world_size + rank) % 2**63)  # dropout's dice, a function of the step
             step_loss = torch.zeros((), device=device)
-            for at in range(0, share, micro):
+            for part, (start, stop) in enumerate(parts):
+                if asked['signal'] and part and team.size == 1:
+                    break  # in a long step: what is done of it counts for nothing, and resuming does it again
                 x, y = upcoming.result()
-                last = at + micro >= share
-                upcoming = pool.submit(load_batch, step + last, 0 if last else at + micro)
-                with forward.no_sync() if world_size > 1 and not last else contextlib.nullcontext():
+                last = part == passes - 1
+                upcoming = pool.submit(load_batch, step + last, 0 if last else part + 1)
+                if config.dropout:  # its dice are a function of the window
+                    torch.manual_seed((config.seed * 1_000_003 + step * rows + start) % 2**63)
+                with forward.no_sync() if team.size > 1 and not last and not fsdp else contextlib.nullcontext():
                     with autocast:
-                        loss = forward(x, y) * (len(x) / share)
+                        loss = forward(x, y) * ((stop - start) * team.size / rows)  # the processes' gradients are averaged
                     scaler.scale(loss).backward()
-                step_loss += loss.detach()
+                step_loss += loss.detach() / team.size
+            if not last:
+                stopping = asked['signal']
+                continue
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             if config.grad_clip:
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                if fsdp:
+                    grad_norm = grad_norm.full_tensor()
+            writer.before_update()
             for optimizer in optimizers.values():
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
@@ -484,32 +575,28 @@ def train(config: TrainConfig) -> dict[str, Any]:
             # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
             logs = step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters
             spent = seconds_before + time.perf_counter() - began
-            if world_size == 1:
-                stopping = asked['signal']
-            elif logs or device.type == 'cpu':
-                agreed = torch.tensor([asked['signal'], spent], dtype=torch.float64, device=device)
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)
-                stopping, spent = int(agreed[0]), float(agreed[1])
+            wanted = bool(asked['save']) or 0 < 60 * config.checkpoint_minutes < time.perf_counter() - saved_when
+            looks = team.size == 1 or logs or device.type == 'cpu'
+            if looks:
+                signaled, spent, save_now = team.most(asked['signal'], spent, wanted)
+                stopping, wanted, asked['save'] = int(signaled), bool(save_now), 0
             if config.max_minutes is None:
                 over = step >= config.max_iters
-            elif world_size == 1 or logs or device.type == 'cpu':
+            elif looks:
                 share_spent = spent / max(1e-9, 60 * config.max_minutes - reserve)
                 over = share_spent >= 1
             logs = logs or over
-            if logs or stopping:
-                read = torch.stack(losses)
-                if world_size > 1:
-                    dist.all_reduce(read)
-                    read /= world_size
-                if len(bad := (~read.isfinite()).nonzero()):
-                    raise UserError(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
+            if logs:
+                figures = team.sum(torch.stack(losses))
+                if len(bad := (~figures.isfinite()).nonzero()):
+                    team.fail(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
                 if not scaler.is_enabled() and not math.isfinite(float(grad_norm)):
-                    raise UserError(went_wrong('gradient', step))
-                train_loss, steps = float(read.mean()), len(losses)
+                    team.fail(went_wrong('gradient', step))
+                train_loss, steps = float(figures.mean()), len(losses)
                 losses.clear()
                 now = time.perf_counter()
                 speed, last_log = steps * tokens_per_step / (now - last_log), now
-                mfu = speed / world_size * model.flops_per_token() / ceiling
+                mfu = speed / team.size * model.flops_per_token() / ceiling
                 if log:
                     log.row(
                         step=step,
@@ -532,9 +619,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         )
             train_seconds += time.perf_counter() - started
             first_step_at = first_step_at or time.time()
-        if step != last_eval or config.always_save_checkpoint is False:
-            save_checkpoint()
+        if saved_at != step:
+            save()
+        settle()
     except RuntimeError as error:
+        if team.size > 1 and (reason := lost_contact(error)):
+            print(f'train.py: process {team.rank} lost the others, or waited {config.timeout_minutes:g} minutes for them: {reason}', file=sys.stderr)
+            sys.exit(1)
         raise out_of_memory(error, config) or error from None
     finally:
         bar.close()
@@ -554,15 +645,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 '; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume'
             )
         if stopping:
-            say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
+            say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/{ckpt} at step {step:,}; go on with --init_from=resume')
         else:
             say(
                 f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
                 f'write with: python sample.py --out_dir={config.out_dir}'
             )
         log.close()
-    if world_size > 1:
-        dist.destroy_process_group()
+    team.close()
     if stopping:
         sys.exit(128 + stopping)
     return {
@@ -666,7 +756,7 @@ def time_to_evaluate(model: GPT, split: Split, rows: int, autocast: Any) -> floa
     return (time.perf_counter() - started) / len(x)
 
 
-def prepared_folder(config: TrainConfig, local_rank: int, world_size: int) -> str:
+def prepared_folder(config: TrainConfig, team: Team) -> str:
     """The dataset's folder, made first by its prepare.py if that works without network. Raises UserError that names the command."""
     folder = config.dataset if os.path.isdir(config.dataset) else os.path.join('data', config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
@@ -680,14 +770,13 @@ def prepared_folder(config: TrainConfig, local_rank: int, world_size: int) -> st
             raise UserError(
                 f'dataset={config.dataset}: neither {folder}/train.bin nor {script} is there; data/text/prepare.py makes a dataset of your own files'
             )
-        if local_rank == 0:
+        if team.local_rank == 0:
             with open(script, encoding='utf-8') as f:
                 answers = 'offline:' in f.read()  # does it declare the knob that forbids downloads?
             print(f'{folder} is not prepared yet: running {command}', flush=True)
             if not answers or subprocess.run([sys.executable, script, *options, '--offline'], check=False).returncode:
                 raise UserError(f'{folder} is not prepared; prepare it first: {command}')
-    if world_size > 1:
-        dist.barrier()
+    team.most(0)  # the others wait
     return folder
 
 
@@ -722,6 +811,8 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
     for name, optimizer in optimizers.items():
         knobs = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         try:
+            if is_sharded(optimizer.param_groups[0]['params'][0]):
+                checkpoint.shard_like(optimizer, saved[name])
             optimizer.load_state_dict(saved[name])
             for group, now in zip(optimizer.param_groups, knobs):
                 group.update(now)  # the checkpoint brings the state; the knobs are this run's
@@ -742,7 +833,7 @@ def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200
 
 
 def catch_signals(asked: dict[str, int]) -> Any:
-    """Let Ctrl-C and SIGTERM ask for a stop at the end of the step; the second one stops at once. Returns what undoes this."""
+    """Let Ctrl-C and SIGTERM ask for a stop at the end of the step (the second one stops at once), SIGUSR1 for a checkpoint. Returns what undoes this."""
 
     def ask(number: int, frame: Any) -> None:
         asked['signal'] = number
@@ -750,6 +841,8 @@ def catch_signals(asked: dict[str, int]) -> Any:
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, 'SIGUSR1'):  # not on Windows
+            old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: asked.update(save=1))
     except ValueError:  # not in the main thread (some notebooks): signals are someone else's
         return lambda: None
     return lambda: [signal.signal(number, handler) for number, handler in old.items()]
@@ -759,6 +852,27 @@ def clock(seconds: float) -> str:
     """1:02:03, or 02:03."""
     hours, rest = divmod(int(seconds), 3600)
     return f'{hours}:{rest // 60:02d}:{rest % 60:02d}' if hours else f'{rest // 60:02d}:{rest % 60:02d}'
+
+
+def put_aside(out_dir: str) -> str:
+    """Move an earlier run's files to out_dir/earlier, so that starting anew by mistake loses nothing; '' if there are none.
+
+    The spare checkpoint goes and ckpt.pt moves first: killed at any instant, no restart can take the old run for the new one.
+    """
+    there = [name for name in OF_A_RUN if os.path.exists(os.path.join(out_dir, name))]
+    if not {'ckpt.pt', 'ckpt', 'best.pt', 'best'} & set(there):
+        return ''
+    aside = os.path.join(out_dir, 'earlier')
+    if {'ckpt.pt', 'ckpt'} & set(there):
+        shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside, exist_ok=True)
+    for name in there:
+        if '.prev' in name:
+            checkpoint.remove(os.path.join(out_dir, name))
+        else:
+            checkpoint.remove(os.path.join(aside, name))
+            os.rename(os.path.join(out_dir, name), os.path.join(aside, name))
+    return aside
 
 
 class Log:
@@ -772,6 +886,7 @@ class Log:
         path = os.path.join(config.out_dir, 'metrics.csv')
         try:
             os.makedirs(config.out_dir, exist_ok=True)
+            moved = '' if resuming else put_aside(config.out_dir)
             kept = []
             if resuming and os.path.exists(path):
                 with open(path, encoding='utf-8', newline='') as f:
@@ -809,6 +924,9 @@ class Log:
         except ImportError as error:
             raise UserError(f'{error.name} is not installed: pip install {error.name}') from None
 
+        if moved:
+            self.say(f'an earlier run was in {config.out_dir}: it is in {moved} now')
+
     def say(self, text: str, console: bool = True) -> None:
         """One line for the console and train.log. A full disk must not end the training: the console still has it."""
         if console:
@@ -830,6 +948,11 @@ class Log:
         if self.board:
             for key, value in figures.items():
                 self.board.add_scalar(key, value, values['step'])
+
+    def sync(self) -> None:
+        """Have metrics.csv reach the disk."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.metrics.fileno())
 
     def close(self) -> None:
         for closing in (
@@ -867,6 +990,10 @@ def main() -> None:
         train(config)
     except RuntimeError as error:
         raise out_of_memory(error, config) or error from None
+    except UserError:
+        if int(os.environ.get('LOCAL_RANK', 0)):
+            time.sleep(2)  # a mistake that all processes found is said by the first one, at whose end torchrun ends the rest
+        raise
 
 
 if __name__ == '__main__':

@@ -93,11 +93,14 @@ def test_a_flipped_bit_is_noticed(trained, tmp_path):
 
 
 def test_out_dir_prefers_the_best(trained, tmp_path):
-    assert checkpoint.find(str(trained)).endswith('best.pt') and checkpoint.find(str(trained), best=False).endswith('ckpt.pt')
+    def names(where, best):
+        return [os.path.basename(p) for p in checkpoint.candidates(str(where), best)]
+
+    assert names(trained, True)[:2] == ['best.pt', 'ckpt.pt'] and names(trained, False) == ['ckpt.pt', 'ckpt.prev.pt']
     shutil.copy(trained / 'ckpt.pt', tmp_path)
-    assert checkpoint.find(str(tmp_path)).endswith('ckpt.pt') and checkpoint.find(str(tmp_path / 'ckpt.pt')) == str(tmp_path / 'ckpt.pt')
+    assert names(tmp_path, True) == names(tmp_path / 'ckpt.pt', True) == ['ckpt.pt']
     with pytest.raises(UserError, match='no such folder'):
-        checkpoint.find(str(tmp_path / 'none'))
+        checkpoint.load_from(str(tmp_path / 'none'))
 
 
 def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):

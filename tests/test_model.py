@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, GPTConfig, LinearCrossEntropy, Muon, draw, orthogonalize
+from model import GPT, GPTConfig, LinearCrossEntropy, draw
+from optimizer import Muon, configure_optimizers, orthogonalize
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
 VARIANTS = [
@@ -175,7 +176,7 @@ def test_overfits_one_batch(arch, optimizer):
     torch.manual_seed(0)
     model = GPT(GPTConfig(arch=arch, **SMALL))
     idx = torch.randint(50, (4, 25))
-    optimizers = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), optimizer)
+    optimizers = configure_optimizers(model, 0.0, 1e-2, (0.9, 0.95), optimizer)
     assert set(optimizers) == ({'adamw', 'muon'} if optimizer == 'muon' else {'adamw'})
     first = model(idx[:, :-1], idx[:, 1:]).item()
     for _ in range(150):
@@ -189,7 +190,7 @@ def test_overfits_one_batch(arch, optimizer):
 
 def test_every_parameter_has_one_optimizer():
     model = GPT(GPTConfig(arch='modern', **SMALL))
-    held = [p for o in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95)).values() for g in o.param_groups for p in g['params']]
+    held = [p for o in configure_optimizers(model, 0.1, 1e-3, (0.9, 0.95)).values() for g in o.param_groups for p in g['params']]
     assert len(held) == len(set(map(id, held))) == len(list(model.parameters()))
 
 

@@ -1,0 +1,118 @@
+"""Several processes as one run: who we are, how we agree, and FSDP2. torchrun starts them; PyTorch's own DDP and FSDP2 do the work.
+
+One process is a team too, whose agreements cost nothing, so that the training loop reads the same for one and for many.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+from model import GPT, pick_device
+
+T = TypeVar('T')
+
+
+class Team:
+    """The processes of this run, by torchrun's environment: `rank` of `size`, and `local_rank` on this machine.
+
+    `minutes` is how long one waits for the others before it gives up. `alone` makes one process a group too, which FSDP2 needs.
+    Raises UserError for a device that is not there.
+    """
+
+    def __init__(self, device: str = 'auto', backend: str = 'auto', minutes: float = 10, alone: bool = False):
+        self.size, self.rank, self.local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+        self.main = self.rank == 0  # this one writes files and speaks
+        self.restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        try:
+            self.device = pick_device(
+                f'cuda:{self.local_rank}' if self.size > 1 and torch.cuda.is_available() and device in ('auto', 'cuda') else device
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
+        self.cpu_mesh: Any = None  # of sharded tensors' copies in the host's memory
+        self.files: Any = None  # a group of its own for what the writing of checkpoints says, beside the training's
+        if self.size > 1 or alone:
+            nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
+            one = {} if self.size > 1 else {'store': dist.HashStore(), 'rank': 0, 'world_size': 1}
+            dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', timeout=timedelta(minutes=minutes), **one)
+            self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, added up over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, *numbers: float) -> list[float]:
+        """The largest value of each number on any process; the same on all of them."""
+        if self.size == 1:
+            return list(numbers)
+        agreed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return agreed.tolist()
+
+    def told(self, work: Callable[[], T]) -> T:
+        """What `work()` gives on the first process, told to all. If it raises a UserError, the others exit with its status."""
+        box: list[Any] = [None, '']
+        if self.main:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.files)
+        if box[1]:
+            self.fail(box[1])
+        return box[0]
+
+    def fail(self, message: str) -> None:
+        """Raise UserError on the first process; the others, which know the same, exit without repeating it."""
+        if self.main:
+            raise UserError(message)
+        sys.exit(2)
+
+    def close(self) -> None:
+        """Leave together."""
+        if dist.is_initialized():
+            dist.barrier(self.files)
+            dist.destroy_process_group()
+
+
+def lost_contact(error: BaseException) -> str:
+    """The first line of an error that says that another process is gone or hangs; '' for any other error."""
+    text = str(error)
+    ours = isinstance(error, dist.DistError) or any(word in text for word in ('gloo', 'NCCL', 'Connection closed by peer', 'Socket Timeout'))
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200] if ours else ''
+
+
+def shard(model: GPT, team: Team, dtype: torch.dtype, cpu_offload: bool = False) -> None:
+    """Cut the weights, in place, over the team (FSDP2, Zhao et al. 2023; ZeRO stage 3, Rajbhandari et al. 2020).
+
+    `model` is on the meta device, and has memory for this process's parts alone after `materialize`. Blocks are gathered one
+    at a time, in `dtype`; gradients are summed in fp32; with `cpu_offload` the parts lie in the host's memory.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(logging.ERROR)  # on CPUs: how they do an all-to-all
+    team.cpu_mesh = init_device_mesh('cpu', (team.size,))
+    knobs: dict[str, Any] = {
+        'mesh': init_device_mesh(team.device.type, (team.size,)),
+        'mp_policy': MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        'offload_policy': CPUOffloadPolicy() if cpu_offload and team.device.type == 'cuda' else OffloadPolicy(),
+    }
+    for block in model.transformer.h:
+        fully_shard(block, **knobs)
+    fully_shard(model, **knobs)
+    register_fsdp_forward_method(model, 'next_logits')  # generate calls this one
