@@ -28,6 +28,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,8 @@ from tokenizer import Tokenizer, from_state
 SUMS, REST = 'SHA256SUMS', 'state.json'  # in a folder
 END, MARK = b'PK\x05\x06', b'sha256:'  # of a zip's last record, and of our comment behind it
 COMMENT = len(MARK) + 64
+
+warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # DCP, whenever one process reads or writes alone
 
 
 class Damaged(UserError):
@@ -103,7 +106,7 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
 
     Raises OSError on all of them if it fails on one.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
     from torch.distributed.checkpoint import save as write
 
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
@@ -115,7 +118,7 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
         result, failed = None, ''
         try:
             result = work()
-        except Exception as error:  # the disk's errors come wrapped by safetensors and DCP, as several kinds
+        except (Exception, CheckpointException) as error:  # the disk's errors come wrapped by safetensors and DCP, as several kinds
             text = str(getattr(error, 'strerror', None) or error)
             failed = 'No space left on device' if 'No space left' in text or 'os error 28' in text else (text.splitlines() or [repr(error)])[-1][:200]
         told: list[Any] = [(result, failed)] * size
@@ -390,14 +393,14 @@ def file_digest(path: str) -> str:
 def read_folder(path: str, optimizer: bool = True, lazy: bool = False, into: GPT | None = None) -> dict[str, Any]:
     """The state in a folder; `lazy`: without its tensors. `into` a sharded model: its weights are read in place, and optimizer
     states cut likewise; all processes of the default group call it then, and each reads its part. Raises Damaged."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as read
+
     try:
         with open(os.path.join(path, REST), encoding='utf-8') as f:
             rest = json.load(f)
         if lazy:
             return together({}, rest)
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
-        from torch.distributed.checkpoint import load as read
-
         reader = HuggingFaceStorageReader(path)
         own = {} if into is None else into.state_dict()
         tensors: dict[str, torch.Tensor] = {}
@@ -409,7 +412,7 @@ def read_folder(path: str, optimizer: bool = True, lazy: bool = False, into: GPT
                 whole = like is None or like.shape != described.size
                 tensors[name] = torch.empty(described.size, dtype=described.properties.dtype) if whole else torch.zeros_like(like)
         read(tensors, storage_reader=reader, no_dist=into is None)
-    except Exception as error:  # a damaged or foreign folder can fail anywhere in the reader
+    except (Exception, CheckpointException) as error:  # a damaged or foreign folder can fail anywhere in the reader
         raise Damaged(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]})') from None
     return together(tensors, rest)
 
@@ -419,8 +422,15 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     Raises UserError if the optimizer states belong to no parameter of the model.
     """
-    tensors = {f'model.{name}': w for name, w in state['model'].items()}
-    rest = {k: v for k, v in state.items() if k not in ('model', 'optimizer')}
+    rest = {k: v for k, v in state.items() if k not in ('model', 'optimizer')} | {'tied': {}}
+    tensors: dict[str, torch.Tensor] = {}
+    owner: dict[Any, str] = {}
+    for name, w in state['model'].items():
+        place = (local(w).data_ptr(), w.shape) if local(w).numel() else name
+        if owner.setdefault(place, name) == name:
+            tensors[f'model.{name}'] = w
+        else:  # safetensors would not have one weight twice
+            rest['tied'][name] = owner[place]
     saved = state.get('optimizer')
     if saved is not None:
         rest['optimizer'] = {}
@@ -444,7 +454,9 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 def together(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """The state that `apart` took apart."""
-    state = rest | {'model': {k.removeprefix('model.'): t for k, t in tensors.items() if k.startswith('model.')}}
+    model = {k.removeprefix('model.'): t for k, t in tensors.items() if k.startswith('model.')}
+    model |= {name: model[same] for name, same in rest.get('tied', {}).items() if model}
+    state = {k: v for k, v in rest.items() if k != 'tied'} | {'model': model}
     for kind, optimizer in rest.get('optimizer', {}).items():
         index = {name: i for g in optimizer['param_groups'] for i, name in zip(g['params'], g['param_names'])}
         values: dict[int, dict[str, Any]] = {}

@@ -155,6 +155,9 @@ class Split:
                 raise UserError(f'{folder}: shard_groups={groups}, but no {name} shard whose number leaves {group} when divided by it is here')
         self.shards = [TokenFile(path) for path in paths]
         self.paths, self.n_tokens = paths, sum(map(len, self.shards))
+        told = read_meta(folder).get('splits', {}).get(name, {}).get('tokens', self.n_tokens)
+        if paths == [single] and told != self.n_tokens:
+            raise UserError(f'{paths[0]}: {self.n_tokens} tokens, but meta.json says {told}: cut off, or of another preparation; prepare it again')
         # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
         # offsets take any value below block_size, so that each epoch sees the text cut in other places.
         counts = [max((len(s) - 1) // block_size - 1, min((len(s) - 1) // block_size, 1)) for s in self.shards]

@@ -3,9 +3,13 @@
 One process is a team too, whose agreements cost nothing, so that the training loop reads the same for one and for many.
 """
 
+import hashlib
 import logging
+import math
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -42,8 +46,11 @@ class Team:
         self.files: Any = None  # a group of its own for what the writing of checkpoints says, beside the training's
         if self.size > 1 or alone:
             nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
-            one = {} if self.size > 1 else {'store': dist.HashStore(), 'rank': 0, 'world_size': 1}
-            dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', timeout=timedelta(minutes=minutes), **one)
+            where: dict[str, Any] = {'timeout': timedelta(minutes=minutes)}
+            if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+                store = dist.HashStore() if self.size == 1 else meet(self.rank, self.size, minutes)
+                where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
+            dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', **where)
             self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -85,6 +92,43 @@ class Team:
         if dist.is_initialized():
             dist.barrier(self.files)
             dist.destroy_process_group()
+
+
+def shares(rows: int, rank: int, size: int, micro: int) -> list[tuple[int, int]]:
+    """This process's part of a step's `rows` windows, cut into passes of at most `micro`: (start, stop) of each.
+
+    The parts of all processes are equal but for one window, in the order of the ranks. All have the same number of passes,
+    as each pass may exchange something; a pass can be empty. Raises UserError if there are fewer windows than processes.
+    """
+    if rows < size:
+        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {size} processes')
+    first, end = rows * rank // size, rows * (rank + 1) // size
+    passes = math.ceil(math.ceil(rows / size) / micro)
+    return [(first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes) for i in range(passes)]
+
+
+def meet(rank: int, size: int, minutes: float) -> dist.Store:
+    """A store that the processes of this very attempt share, and nobody else.
+
+    torchrun keeps one store for all attempts, and what the processes of an earlier one left there (addresses, ports) leads
+    those of the next astray: they wait for the dead (github.com/pytorch/pytorch/issues/135712). Counting attempts does not
+    help, as every node counts its own. So each process leaves a new name, the first one writes all names down as the list of
+    the attempt, and whoever finds its own on the list agrees; when all have, the list names the place where they meet.
+    """
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(minutes=minutes))
+    name, ranks, deadline = uuid.uuid4().hex, range(size), time.monotonic() + 60 * minutes
+    store.set(f'name/{rank}', name)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check([f'name/{r}' for r in ranks]):
+            store.set('list', ' '.join(store.get(f'name/{r}').decode() for r in ranks))
+        names = store.get('list').decode().split() if store.check(['list']) else []
+        if len(names) == size and names[rank] == name:
+            place = hashlib.sha256(' '.join(names).encode()).hexdigest()
+            store.set(f'{place}/agreed/{rank}', '')
+            if store.check([f'{place}/agreed/{r}' for r in ranks]):
+                return dist.PrefixStore(place, store)
+        time.sleep(0.02)
+    raise UserError(f'process {rank} waited {minutes:g} minutes, and not all {size} processes have come')
 
 
 def lost_contact(error: BaseException) -> str:

@@ -41,7 +41,7 @@ from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, read_tokenizer
 from model import GPT, GPTConfig, can_compile, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
 from optimizer import configure_optimizers
-from parallel import Team, lost_contact, shard
+from parallel import Team, lost_contact, shard, shares
 from tokenizer import CharTokenizer, Tokenizer
 
 
@@ -266,23 +266,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # Data: this process's share of each step's windows
     batch_size = 1 if config.batch_size == 'auto' else config.batch_size
     rows = batch_size * config.gradient_accumulation_steps  # windows a step, over all processes
-    if rows < team.size:
-        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {team.size} processes')
     if rows % config.shard_groups:
         raise UserError(f'the {rows} windows of a step cannot be shared equally among shard_groups={config.shard_groups}')
-    first, end = (rows * r // team.size for r in (team.rank, team.rank + 1))  # in processes of unequal shares the weights differ, below
     share = -(-rows // team.size)  # the largest
     micro = min(batch_size, share)
     if config.batch_size == 'auto' and not config.eval_only:  # a resumed run takes what was found before: other sizes add up in another order
         found = state.get('micro') if config.init_from == 'resume' else None
         micro = -int(team.most(-min(found or windows_that_fit(model, share, autocast), share))[0])
-    passes = -(-share // micro)  # the same number on all processes, which exchange something in each
-    parts = [(first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes) for i in range(passes)]
+    parts = shares(rows, team.rank, team.size, micro)
     tokens_per_step = rows * block_size
     per_group = rows // config.shard_groups
     train_splits = {
         group: Split(folder, 'train', block_size, model.config.vocab_size, config.seed, group, config.shard_groups)
-        for group in range(first // per_group, (end - 1) // per_group + 1)
+        for group in range(parts[0][0] // per_group, (parts[-1][1] - 1) // per_group + 1)
     }
     val_split = Split(folder, 'val', block_size, model.config.vocab_size)
     n_tokens = sum(s.n_tokens for s in train_splits.values()) * config.shard_groups // len(train_splits)
@@ -545,7 +541,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if asked['signal'] and part and team.size == 1:
                     break  # in a long step: what is done of it counts for nothing, and resuming does it again
                 x, y = upcoming.result()
-                last = part == passes - 1
+                last = part == len(parts) - 1
                 upcoming = pool.submit(load_batch, step + last, 0 if last else part + 1)
                 if config.dropout:  # its dice are a function of the window
                     torch.manual_seed((config.seed * 1_000_003 + step * rows + start) % 2**63)
@@ -938,7 +934,7 @@ class Log:
 
     def row(self, **values: Any) -> None:
         """One row of metrics.csv; fields without a figure stay empty."""
-        short = {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        short = {k: f'{v:.8g}' if isinstance(v, float) else v for k, v in values.items() if v is not None}
         with contextlib.suppress(OSError):
             self.writer.writerow(short)
             self.metrics.flush()
