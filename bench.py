@@ -36,7 +36,7 @@ SHAPES = {
 
 @dataclass
 class BenchConfig:
-    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'ceiling', 'start'] = 'all'  # see docs/concepts/what-we-tried.md
+    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'save', 'scaling', 'ceiling', 'start'] = 'all'  # what is measured
     peer: str = ''  # a nanoGPT checkout to measure beside; for sample also: transformers
     rounds: int = 3  # times that each side runs
     input: str = ''  # for loss and data: a text (for loss Tiny Shakespeare's), if it is not prepared or cannot be downloaded
@@ -45,7 +45,7 @@ class BenchConfig:
     tokens: int = 300  # for sample: new tokens
     batch: int | None = None  # windows or samples at once; None: 1, and 16 windows for train on a GPU
     size: Literal['small', 'gpt2'] = 'gpt2'  # for train, memory and sample: nanoGPT's CPU size, or GPT-2's 124M; random weights: values change no speed
-    arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train and memory: the peer's model with AdamW, or our defaults with Muon
+    arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train, memory and save: the peer's model with AdamW, or our defaults with Muon
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # ours; auto as in train.py and sample.py. nanoGPT knows float32 only on a CPU
     quantize: Literal['int8'] | None = None  # for sample: as in sample.py
     remat: bool = False  # for train: as in train.py
@@ -212,6 +212,48 @@ else:
 weights = sum(p.numel() * 4 for p in model.parameters()) / 1e6
 result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradients, 'optimizer_mb': states,
           'activations_and_rest_mb': peak - marks[0] - weights - gradients - states}
+"""
+
+OURS_SAVE = """
+import os, tempfile, statistics
+import train, torch
+import checkpoint
+from model import GPT, GPTConfig, pick_device, pick_dtype
+from optimizer import configure_optimizers
+device = pick_device(device)
+if device.type == 'cpu':
+    train.keep_freed_memory()
+model = GPT(GPTConfig(arch=arch, **shape)).to(device)
+optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'muon' if arch == 'modern' else 'adamw')
+x = torch.randint(shape['vocab_size'], (batch, shape['block_size']), device=device)
+dtype = pick_dtype(dtype, device)
+writer = checkpoint.Writer(background, device)
+times, waits = [], []
+with tempfile.TemporaryDirectory() as folder:
+    def save(state):
+        checkpoint.save(os.path.join(folder, 'ckpt.pt'), state, keep_previous=True)
+    for step in range(steps):
+        t, wait = time.perf_counter(), 0.0
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(x, x)
+        loss.backward()
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        w = time.perf_counter(); writer.before_update(); wait += time.perf_counter() - w
+        for o in optimizers.values():
+            o.step(); o.zero_grad()
+        if step in (3, 3 + steps // 2):
+            w = time.perf_counter()
+            states = {k: o.state_dict() for k, o in optimizers.items()}
+            writer.submit({'model': model.state_dict(), 'model_args': model.config.to_dict(), 'optimizer': states}, save)
+            wait += time.perf_counter() - w
+        loss.item()
+        times.append(time.perf_counter() - t); waits.append(wait)
+    writer.wait()
+    size = os.path.getsize(os.path.join(folder, 'ckpt.pt'))
+usual = statistics.median(times[1:])
+result = {'step_s': usual, 'checkpoint_mb': size / 1e6, 'training_thread_held_s_a_save': sum(waits) / 2,
+          'held_share_of_step': sum(waits) / 2 / usual, 'steps_longer_by_s_a_save': (sum(times[1:]) - usual * (steps - 1)) / 2}
 """
 
 CEILING = """
@@ -435,6 +477,41 @@ def measure_data(table: Table, config: BenchConfig) -> None:
             table.measure(f'data {kind}', config.rounds, ours, theirs if config.peer else None)
 
 
+def measure_scaling(table: Table, config: BenchConfig, device: str) -> None:
+    """A step of train.py (its defaults, about 4,096 tokens) by model size, by context, and by processes that share this machine's cores or GPUs."""
+    import csv
+
+    import numpy as np
+
+    sizes = {'4x128': (4, 128), '6x384': (6, 384), '12x768': (12, 768)}
+    runs = [(size, 512, 1, 'ddp') for size in sizes] + [('6x384', context, 1, 'ddp') for context in (128, 2048)]
+    runs += [('6x384', 512, processes, parallel) for processes in (2, 4) for parallel in ('ddp', 'fsdp')]
+    with tempfile.TemporaryDirectory() as data:
+        for name, count in (('train', 2**20), ('val', 2**12)):
+            np.random.default_rng(1337).integers(0, 50257, count).astype('<u2').tofile(os.path.join(data, f'{name}.bin'))
+
+        def steps(size: str, context: int, processes: int, parallel: str) -> dict[str, float]:
+            layers, width = sizes[size]
+            knobs: dict[str, Any] = dict(n_layer=layers, n_embd=width, n_head=width // 64, block_size=context)
+            knobs |= dict(dataset=data, out_dir=os.path.join(data, 'out'), device=device, dtype=config.dtype, parallel=parallel)
+            knobs |= dict(batch_size=max(1, 4096 // context // processes), gradient_accumulation_steps=processes)
+            knobs |= dict(max_iters=8, eval_interval=10**6, eval_iters=1, log_interval=1, checkpoint_minutes=0, warmup_iters=0)
+            launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+            threads = {} if 'cuda' in device else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes))}
+            words = [sys.executable, *launch, 'train.py', *(f'--{k}={v}' for k, v in knobs.items())]
+            done = subprocess.run(words, cwd=HERE, env=os.environ | threads, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(f'a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}')
+            with open(os.path.join(data, 'out', 'metrics.csv'), encoding='utf-8') as f:
+                speeds = [float(row['tokens_per_second']) for row in csv.DictReader(f) if row['tokens_per_second']]
+            shutil.rmtree(os.path.join(data, 'out'))
+            return {'s_a_step': 4096 / statistics.median(speeds[2:])}
+
+        for size, context, processes, parallel in runs:
+            title = f'{size} context {context}, {processes} {parallel if processes > 1 else "process"}'
+            table.measure(title, config.rounds, lambda: steps(size, context, processes, parallel))
+
+
 def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
@@ -475,6 +552,13 @@ def main() -> None:
             batch = config.batch or 1
             values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
             table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
+        if config.mode == 'scaling':
+            measure_scaling(table, config, device)
+        if config.mode == 'save':
+            batch = config.batch or 1
+            for name, background in ('async', True), ('sync', False):
+                values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype, steps=16, background=background)
+                table.measure(f'save {config.size} {name}', config.rounds, lambda: child(OURS_SAVE, **values))
         if everything or config.mode == 'sample':
             measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
         if everything or config.mode == 'data':

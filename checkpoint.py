@@ -139,8 +139,8 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
         write(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True), process_group=group, no_dist=not group)
 
     def hash_mine() -> dict[str, str]:
-        files = sorted(glob.glob(os.path.join(glob.escape(part), '*.safetensors')))
-        return {os.path.basename(file): file_digest(file) for file in files[rank::size]}
+        files = glob.glob(os.path.join(glob.escape(part), f'shard-{rank + 1:05d}-*.safetensors'))  # DCP's names
+        return {os.path.basename(file): file_digest(file) for file in files}
 
     def finish() -> None:
         if rank == 0:
@@ -213,10 +213,9 @@ class Writer:
     waits for its end, which has mostly come. With `background=False` `submit` does it all at once, without a copy.
     """
 
-    def __init__(self, background: bool = True, mesh: Any = None):
+    def __init__(self, background: bool = True, device: torch.device | None = None, mesh: Any = None):
+        self.background, self.device = background, device
         self.mesh = mesh  # of CPUs, for the copies of sharded tensors
-        # one OpenMP thread for ours: with threads of its own too, the training would run at half its speed from the first copy on
-        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) if background else None
         self.job: Future[None] | None = None
         self.copied = threading.Event()
 
@@ -232,19 +231,31 @@ class Writer:
         def work() -> None:
             copy = state
             try:
-                if self.pool:
+                if self.background:
+                    # one OpenMP thread for ours: with threads of its own too, the training would run at half its speed from the first copy on
+                    torch.set_num_threads(1)
+                    if ready:
+                        torch.cuda.set_device(self.device)
                     with torch.cuda.stream(torch.cuda.Stream()) if ready else contextlib.nullcontext():
                         if ready:
                             ready.wait()
                         copy = on_cpu(state, {}, self.mesh)
             finally:
                 self.copied.set()
+            if self.background and not ready and sys.platform == 'linux':  # what the training leaves idle is enough for the rest
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             write(copy)
 
-        if self.pool:
-            self.job = self.pool.submit(work)
+        if self.background:
+            pool = ThreadPoolExecutor(1)  # a thread for each: none can raise its priority again
+            self.job = pool.submit(work)
+            pool.shutdown(wait=False)
         else:
-            work()
+            self.job = Future()
+            try:
+                self.job.set_result(work())
+            except Exception as error:
+                self.job.set_exception(error)
 
     def before_update(self) -> None:
         """The tensors are about to change: wait until they are copied."""
@@ -310,6 +321,15 @@ def candidates(where: str, best: bool = False) -> list[str]:
     return found
 
 
+def set_aside_damaged(out_dir: str, used: str) -> None:
+    """Rename the checkpoints that were passed over for `used`: the next save must not put a damaged one in the place of the good one."""
+    for path in candidates(out_dir):
+        if path == used:
+            return
+        remove(path + '.damaged')
+        os.rename(path, path + '.damaged')
+
+
 def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool = False) -> dict[str, Any]:
     """The state in `path`, a file or folder, on the CPU, the weights' names clean of `_orig_mod.` and `module.`.
 
@@ -323,7 +343,7 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
         state = read_folder(path, optimizer, lazy)
     elif os.path.isfile(path):
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=lazy)
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=lazy and zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), 'not a checkpoint').strip()
             kind = UserError if zipfile.is_zipfile(path) else Damaged  # a whole zip holds what was put into it
@@ -340,8 +360,8 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
     return state
 
 
-def verify(path: str, rank: int = 0, size: int = 1) -> None:
-    """Check the digests of a file, or of each `size`-th file of a folder from number `rank` on. Raises Damaged."""
+def verify(path: str) -> None:
+    """Check the digest of a file, or those of a folder's files. Raises Damaged."""
     if os.path.isdir(path):
         try:
             with open(os.path.join(path, SUMS), encoding='utf-8') as f:
@@ -351,7 +371,7 @@ def verify(path: str, rank: int = 0, size: int = 1) -> None:
         there = {name for name in os.listdir(path) if name.endswith('.safetensors')} | {REST}
         if there != set(sums):
             raise Damaged(f'{path}: damaged, {", ".join(sorted(there ^ set(sums)))[:200]} should not be there, or is missing')
-        for name in sorted(sums)[rank::size]:
+        for name in sorted(sums):
             if file_digest(os.path.join(path, name)) != sums[name]:
                 raise Damaged(f'{path}: damaged, the checksum of {name} is wrong')
         return
@@ -424,13 +444,11 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
     """
     rest = {k: v for k, v in state.items() if k not in ('model', 'optimizer')} | {'tied': {}}
     tensors: dict[str, torch.Tensor] = {}
-    owner: dict[Any, str] = {}
     for name, w in state['model'].items():
-        place = (local(w).data_ptr(), w.shape) if local(w).numel() else name
-        if owner.setdefault(place, name) == name:
+        if name == 'lm_head.weight' and GPTConfig(**state['model_args']).tie_weights:  # safetensors would not have one weight twice
+            rest['tied'][name] = 'transformer.wte.weight'
+        else:
             tensors[f'model.{name}'] = w
-        else:  # safetensors would not have one weight twice
-            rest['tied'][name] = owner[place]
     saved = state.get('optimizer')
     if saved is not None:
         rest['optimizer'] = {}

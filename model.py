@@ -484,7 +484,7 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
         else:
-            self.positions = self.positions[:, :block_size].clone()
+            self.positions = self.positions[:, :block_size].clone() if self.positions is not None else None
 
     # -------------------------------------------------------------------------
     # Writing

@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
             shape = torch.Size((len(members), rows, columns))
             dealt = DTensor.from_local(result, mesh, [Shard(0)], run_check=False, shape=shape, stride=(rows * columns, columns, 1))
             for i, part in zip(members, dealt.redistribute(placements=[Shard(1)]).to_local()):
-                out[i] = part
+                out[i] = part.to(updates[i].device)  # with cpu_offload the mesh is the GPUs', the weights are not there
         return out
 
 

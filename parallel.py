@@ -33,10 +33,11 @@ class Team:
     def __init__(self, device: str = 'auto', backend: str = 'auto', minutes: float = 10, alone: bool = False):
         self.size, self.rank, self.local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
         self.main = self.rank == 0  # this one writes files and speaks
+        # said by whoever knows: after the loss of a machine the others count no restart
         self.restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
         try:
             self.device = pick_device(
-                f'cuda:{self.local_rank}' if self.size > 1 and torch.cuda.is_available() and device in ('auto', 'cuda') else device
+                f'cuda:{self.local_rank}' if torch.cuda.is_available() and device in ('auto', 'cuda') else device
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -50,8 +51,11 @@ class Team:
             if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
                 store = dist.HashStore() if self.size == 1 else meet(self.rank, self.size, minutes)
                 where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
+            if dist.is_initialized():  # a run before, in the same Python session, that ended by an error
+                dist.destroy_process_group()
             dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', **where)
-            self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes))
+            self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes + 60))  # disks may be slow
+        self.restarted = bool(self.most(self.restarted)[0])
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, added up over all processes, in place."""
@@ -85,6 +89,7 @@ class Team:
         """Raise UserError on the first process; the others, which know the same, exit without repeating it."""
         if self.main:
             raise UserError(message)
+        time.sleep(2)  # torchrun ends all when the first one ends: that should be the one that speaks
         sys.exit(2)
 
     def close(self) -> None:

@@ -67,6 +67,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, ready to write, and its tokenizer. Raises UserError."""
     try:
         device = pick_device(config.device)
+        path = ''
         if config.init_from == 'resume':
             path, state = checkpoint.load_from(config.out_dir)
             model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)

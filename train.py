@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,12 +33,13 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, read_tokenizer
-from model import GPT, GPTConfig, can_compile, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
+from model import GPT, GPTConfig, can_compile, fast_bf16, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
 from optimizer import configure_optimizers
 from parallel import Team, lost_contact, shard, shares
 from tokenizer import CharTokenizer, Tokenizer
@@ -104,7 +104,7 @@ class TrainConfig:
     always_save_checkpoint: bool = True  # False: at evaluations save ckpt.pt only when the validation loss improved
     checkpoint_interval: int = 0  # save ckpt.pt every so many steps, beside evaluations; 0 is off. SIGUSR1 asks for one at any time
     checkpoint_minutes: float = 10  # save ckpt.pt when the last one is older than this; 0 is off
-    checkpoint_async: bool = True  # write checkpoints while training goes on; takes the host memory of one copy meanwhile
+    checkpoint_async: bool | Literal['auto'] = 'auto'  # write checkpoints while training goes on, from a copy in the host's memory; auto: on a GPU
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
@@ -133,8 +133,8 @@ class TrainConfig:
                     raise ValueError(f'{name}={getattr(self, name)}: expected {expected}')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
             raise ValueError('dtype=float16 does not go with parallel=fsdp: use bfloat16')
-        if self.cpu_offload and self.parallel != 'fsdp':
-            raise ValueError('cpu_offload=True needs parallel=fsdp')
+        if self.cpu_offload and (self.parallel != 'fsdp' or self.sample_interval):
+            raise ValueError('cpu_offload=True needs parallel=fsdp, and sample_interval=0')
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
@@ -146,7 +146,7 @@ class TrainConfig:
 
 MACHINE_KNOBS = tuple(
     'init_from out_dir device dtype compile remat parallel cpu_offload backend timeout_minutes wandb_log tensorboard_log eval_only '
-    'checkpoint_interval checkpoint_minutes checkpoint_async'.split()
+    'checkpoint_interval checkpoint_minutes checkpoint_async prepare'.split()  # prepare: a checkpoint must not name a script to be run
 )
 BEST_KEYS = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'meta')
 OF_A_RUN = ('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json')
@@ -180,13 +180,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
         path = team.told(lambda: '')
         return path, checkpoint.load(path, optimizer=True, lazy=fsdp, checked=True)
 
+    def resumable() -> bool:
+        """Is there something to resume? For words that began a run anew, and that torchrun repeats at a restart: by this very job?"""
+        if not os.path.isdir(config.out_dir) or not checkpoint.candidates(config.out_dir):
+            return False
+        return auto == 'auto' or checkpoint.load_from(config.out_dir, best=False, lazy=True)[1].get('job') == job_name()
+
     auto, _, otherwise = config.init_from.partition(':')
-    if auto == 'auto' or team.restarted:  # torchrun restarts a run with the very words that began it
+    if auto == 'auto' or team.restarted:
         otherwise = (otherwise or 'scratch') if auto == 'auto' else config.init_from
-        there = team.told(lambda: os.path.isdir(config.out_dir) and bool(checkpoint.candidates(config.out_dir)))
-        config = with_knobs(config, {'init_from': 'resume' if there else otherwise})
+        config = with_knobs(config, {'init_from': 'resume' if team.told(resumable) else otherwise})
     if config.init_from == 'resume':
         source, state = read(config.out_dir, best=False)
+        if main and not config.eval_only:
+            checkpoint.set_aside_damaged(config.out_dir, source)
         config = resume_config(config, state, source)
         before = state.get('config', {})
         names = [n for n in sorted(given(config) - set(MACHINE_KNOBS)) if n in before and before[n] != getattr(config, n)]
@@ -293,13 +300,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if (lo := max(start, group * per_group)) < (hi := min(stop, (group + 1) * per_group))
         ]
         x, y = (torch.from_numpy(np.concatenate(a) if len(a) > 1 else a[0]) for a in zip(*arrays))
-        if device.type == 'cuda':  # from pinned memory the copy runs beside the GPU's work
+        if device.type == 'cuda':  # from pinned memory the copy does not make this thread wait
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     # -------------------------------------------------------------------------
     # Optimizers and precision
-    muon_dtype = torch.float32 if config.dtype == 'float32' else None  # asked for by name, it holds for Muon's products too
+    muon_dtype = torch.bfloat16 if fast_bf16(device) and config.dtype != 'float32' else torch.float32  # asked for by name, float32 holds here too
     optimizers = configure_optimizers(
         model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.optimizer, muon_dtype
     )
@@ -317,13 +324,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         losses = [torch.tensor(loss if main else 0.0, device=device) for loss in state.get('losses', [])]
     del state
     if compiled and not why:
-        why = cannot_compile(model, load_batch(step, 0), autocast)
+        why = cannot_compile(model if fsdp else torch.compile(model), load_batch(step, 0), autocast)
+        if why and fsdp:
+            for block in model.transformer.h:
+                block._compiled_call_impl = None
     compiled = compiled and not why
     forward: Any = torch.compile(model) if compiled and not fsdp else model
     if team.size > 1 and not fsdp:
         if compiled:
             torch._dynamo.reset()  # to compile again in parts, whose gradients are exchanged while the next are computed
-        forward = torch.nn.parallel.DistributedDataParallel(forward, device_ids=[device.index] if device.type == 'cuda' else None)
+        forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False, device_ids=[device.index] if device.type == 'cuda' else None)
 
     # -------------------------------------------------------------------------
     # What the outside sees: a log, a table of figures, checkpoints
@@ -334,7 +344,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         (reserve,) = team.most(time_to_evaluate(model, val_split, eval_rows, autocast))
         if config.eval_iters is None and reserve * val_split.eval_windows() > most:  # from now on, also in resumed runs
             config = with_knobs(config, {'eval_iters': max(1, int(most / reserve / batch_size))})
-    log = Log(config, step, tokenizer) if main and not config.eval_only else None
+    logs_: list[Log] = []
+    if not config.eval_only:
+        team.told(lambda: logs_.append(Log(config, step, tokenizer)))
+    log = logs_[0] if logs_ else None
     say = log.say if log else print if main else lambda text: None
     windows = val_split.eval_windows(config.eval_iters and config.eval_iters * batch_size)
     reserve *= windows / team.size
@@ -372,8 +385,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
             count = int((y >= 0).sum())
             total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
         model.train()
-        total = team.sum(total.to(device))
+        total = team.sum(total.to(device) if team.size > 1 else total)  # MPS has no float64
         return float(total[0] / total[1])
+
+    def enough() -> str:
+        """Why the last evaluation ends the run, if it does."""
+        if config.target_val_loss is not None and best_val_loss <= config.target_val_loss:
+            return f'reached the target validation loss of {config.target_val_loss}'
+        return f'no better validation loss for {bad_evals} evaluations (patience)' if 0 < config.patience <= bad_evals else ''
 
     def bits(loss: float) -> str:
         return f', {loss / ratio / math.log(2):.3f} bits per byte' if ratio else ''
@@ -403,6 +422,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             'bad_evals': bad_evals,
             'last_eval': last_eval,
             'losses': so_far,
+            'job': job_name(),
             'micro': micro if config.batch_size == 'auto' else None,
             'seconds': seconds_before + time.perf_counter() - began,
         }
@@ -410,7 +430,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def write(state: dict[str, Any], best: bool) -> None:
         """The part of saving that runs beside the training."""
-        if not all(bool(local(w).isfinite().all()) for w in state['model'].values()):
+        finite = torch.tensor(all(bool(local(w).isfinite().all()) for w in state['model'].values()), dtype=torch.int32)
+        if fsdp:  # each looks at its parts
+            dist.all_reduce(finite, dist.ReduceOp.MIN, team.files)
+        if not finite:
             raise FloatingPointError('weights')
         if log:
             log.sync()  # its rows up to this step are on the disk before the checkpoint that counts on them
@@ -453,8 +476,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     ckpt = 'ckpt' if fsdp else 'ckpt.pt'
     saved: dict[str, int] = {ckpt: step} if config.init_from == 'resume' else {}  # file: step it holds
     unsaved: dict[str, str] = {}
-    saved_at, saved_when = -1, time.perf_counter()
-    writer = checkpoint.Writer(config.checkpoint_async, team.cpu_mesh)
+    saved_at, saved_when = step if config.init_from == 'resume' else -1, time.perf_counter()
+    writer = checkpoint.Writer(config.checkpoint_async is True or config.checkpoint_async == 'auto' and device.type == 'cuda', device, team.cpu_mesh)
     if config.eval_only:
         pool.shutdown()
         val_loss = evaluate()
@@ -464,13 +487,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     # -------------------------------------------------------------------------
     # The loop
-    asked: dict[str, int] = {'signal': 0, 'save': 0}  # what this process was asked for by signals
+    asked: dict[str, Any] = {'signal': 0, 'save': 0, 'at': 0}  # what this process was asked for by signals
     stopping = 0  # the signal that all processes agreed to stop for
     restore = catch_signals(asked)
     total, quiet = None if config.max_minutes else config.max_iters, not main or not sys.stderr.isatty()
     bar = tqdm(total=total, initial=step, disable=quiet, unit='step', dynamic_ncols=True, smoothing=0.05)
     began = last_log = time.perf_counter()
-    train_seconds, first_step_at, val_loss, train_loss, outcome, told = 0.0, 0.0, math.nan, math.nan, '', False
+    train_seconds, first_step_at, val_loss, train_loss, told = 0.0, 0.0, math.nan, math.nan, False
+    outcome = enough() if step == last_eval else ''  # of a run that had ended: it has not begun anew by being resumed
     grad_norm: Any = 0.0
     share_spent = seconds_before / (60 * config.max_minutes) if config.max_minutes else None  # the same on all processes
     evaluated_at = share_spent or 0.0
@@ -514,10 +538,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     save(best=better)
                 if config.sample_interval and step % config.sample_interval == 0 and (main or fsdp):
                     say(write_sample(model, tokenizer, config.sample_start))
-                if config.target_val_loss is not None and val_loss <= config.target_val_loss:
-                    outcome = f'reached the target validation loss of {config.target_val_loss}'
-                elif config.patience and bad_evals >= config.patience:
-                    outcome = f'no better validation loss for {bad_evals} evaluations (patience)'
+                outcome = enough()
                 last_log = time.perf_counter()
                 if team.size == 1:
                     reserve = last_log - evaluating
@@ -543,7 +564,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 x, y = upcoming.result()
                 last = part == len(parts) - 1
                 upcoming = pool.submit(load_batch, step + last, 0 if last else part + 1)
-                if config.dropout:  # its dice are a function of the window
+                if config.dropout:  # its dice are a function of the pass's first window
                     torch.manual_seed((config.seed * 1_000_003 + step * rows + start) % 2**63)
                 with forward.no_sync() if team.size > 1 and not last and not fsdp else contextlib.nullcontext():
                     with autocast:
@@ -555,13 +576,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 continue
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
-            if config.grad_clip:
-                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            if config.grad_clip or scaler.is_enabled():
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
                 if fsdp:
                     grad_norm = grad_norm.full_tensor()
             writer.before_update()
+            skip = scaler.is_enabled() and not math.isfinite(float(grad_norm))  # by all optimizers or none: each would look at its own
             for optimizer in optimizers.values():
-                scaler.step(optimizer)
+                if not skip:
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
             losses.append(step_loss)
@@ -571,11 +594,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             # Read the figures, and look whether we should stop, every log_interval steps: each look makes a GPU wait
             logs = step % config.log_interval == 0 or step % config.eval_interval == 0 or step == config.max_iters
             spent = seconds_before + time.perf_counter() - began
-            wanted = bool(asked['save']) or 0 < 60 * config.checkpoint_minutes < time.perf_counter() - saved_when
             looks = team.size == 1 or logs or device.type == 'cpu'
             if looks:
+                wanted, asked['save'] = asked['save'] or 0 < 60 * config.checkpoint_minutes < time.perf_counter() - saved_when, 0
                 signaled, spent, save_now = team.most(asked['signal'], spent, wanted)
-                stopping, wanted, asked['save'] = int(signaled), bool(save_now), 0
+                stopping, wanted = int(signaled), bool(save_now)
             if config.max_minutes is None:
                 over = step >= config.max_iters
             elif looks:
@@ -619,9 +642,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
             save()
         settle()
     except RuntimeError as error:
-        if team.size > 1 and (reason := lost_contact(error)):
-            print(f'train.py: process {team.rank} lost the others, or waited {config.timeout_minutes:g} minutes for them: {reason}', file=sys.stderr)
-            sys.exit(1)
         raise out_of_memory(error, config) or error from None
     finally:
         bar.close()
@@ -634,12 +654,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # The end
     if outcome:
         say(f'stopped at step {step:,}: {outcome}')
-    if log:
-        if unsaved:
+    if team.most(bool(unsaved))[0]:
+        if log:
             log.close()
-            raise UserError(
-                '; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume'
-            )
+        team.fail('; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume')
+    if log:
         if stopping:
             say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/{ckpt} at step {step:,}; go on with --init_from=resume')
         else:
@@ -701,10 +720,10 @@ def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> Non
     loss.backward()
 
 
-def cannot_compile(model: GPT, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
-    """Compile by a pass over a batch like those to come. '' if that works, else the first line of why not."""
+def cannot_compile(model: Any, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
+    """Compile a `torch.compile`d model by a pass over a batch like those to come. '' if that works, else the first line of why not."""
     try:
-        one_pass(torch.compile(model), *batch, autocast)
+        one_pass(model, *batch, autocast)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's errors have no common class
@@ -729,13 +748,13 @@ def windows_that_fit(model: GPT, share: int, autocast: Any) -> int:
             one_pass(model, x, x, autocast)
             peaks.append(torch.cuda.max_memory_allocated() - before)
     except torch.OutOfMemoryError:
-        if not peaks:
+        if not peaks or is_sharded(model.lm_head.weight):  # one that gave up alone would leave the others waiting
             raise
         return 1  # one window fits, two do not
     finally:
         model.zero_grad(set_to_none=True)
     one_more = max(peaks[1] - peaks[0], peaks[0] // 8, 1)  # what all passes share may hide what a window takes
-    needed = 12 * model.num_params()  # the gradients, and AdamW's two states, in fp32
+    needed = 12 * sum(local(p).numel() for p in model.parameters())  # the gradients, and AdamW's two states, in fp32
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fit = max(1, min(share, 1 + int((0.9 * free - needed - peaks[0]) / one_more)))
     return -(-share // -(-share // fit))  # equal parts
@@ -766,6 +785,8 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
             raise UserError(
                 f'dataset={config.dataset}: neither {folder}/train.bin nor {script} is there; data/text/prepare.py makes a dataset of your own files'
             )
+        if config.init_from == 'resume' and not {'dataset', 'prepare'} & given(config):  # whose words name the script? a checkpoint's run nothing
+            raise UserError(f'{folder}, which the checkpoint was trained on, is not prepared; prepare it first, or name another with --dataset')
         if team.local_rank == 0:
             with open(script, encoding='utf-8') as f:
                 answers = 'offline:' in f.read()  # does it declare the knob that forbids downloads?
@@ -828,12 +849,16 @@ def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200
     return '--- sample\n' + known + tokenizer.decode(ids) + '\n---'
 
 
-def catch_signals(asked: dict[str, int]) -> Any:
+def catch_signals(asked: dict[str, Any]) -> Any:
     """Let Ctrl-C and SIGTERM ask for a stop at the end of the step (the second one stops at once), SIGUSR1 for a checkpoint. Returns what undoes this."""
 
     def ask(number: int, frame: Any) -> None:
-        asked['signal'] = number
-        signal.signal(number, old[number])
+        if not asked['signal'] and 'TORCHELASTIC_RUN_ID' not in os.environ:
+            signal.signal(number, old[number])
+        elif asked['signal'] and time.monotonic() - asked['at'] > 5:  # sooner: torchrun passes on what the terminal or Slurm sent to all
+            signal.signal(number, old[number])
+            signal.raise_signal(number)
+        asked['signal'], asked['at'] = asked['signal'] or number, asked['at'] or time.monotonic()
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -851,24 +876,28 @@ def clock(seconds: float) -> str:
 
 
 def put_aside(out_dir: str) -> str:
-    """Move an earlier run's files to out_dir/earlier, so that starting anew by mistake loses nothing; '' if there are none.
+    """Move an earlier run's files to out_dir/earlier (earlier-2 …), so that starting anew by mistake loses nothing; '' if there are none.
 
-    The spare checkpoint goes and ckpt.pt moves first: killed at any instant, no restart can take the old run for the new one.
+    The spare checkpoint goes first and ckpt.pt next: killed at any instant, what is left is the whole old run, or nothing to resume.
     """
     there = [name for name in OF_A_RUN if os.path.exists(os.path.join(out_dir, name))]
-    if not {'ckpt.pt', 'ckpt', 'best.pt', 'best'} & set(there):
+    if not {name for name in there if name.startswith(('ckpt', 'best'))}:
         return ''
-    aside = os.path.join(out_dir, 'earlier')
-    if {'ckpt.pt', 'ckpt'} & set(there):
-        shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside, exist_ok=True)
+    number = 1
+    while os.path.exists(aside := os.path.join(out_dir, 'earlier' + f'-{number}' * (number > 1))):
+        number += 1
+    os.makedirs(aside)
     for name in there:
-        if '.prev' in name:
+        if '.prev' in name and {'ckpt.pt', 'ckpt'} & set(there):
             checkpoint.remove(os.path.join(out_dir, name))
         else:
-            checkpoint.remove(os.path.join(aside, name))
             os.rename(os.path.join(out_dir, name), os.path.join(aside, name))
     return aside
+
+
+def job_name() -> str:
+    """What tells this torchrun from every other one, and is the same after a restart; '' without torchrun."""
+    return ' '.join(os.environ.get(name, '') for name in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT')).strip()
 
 
 class Log:
@@ -895,6 +924,8 @@ class Log:
                 writer = csv.DictWriter(f, METRICS, extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(kept)
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(path + '.tmp', path)
             self.metrics = open(path, 'a', encoding='utf-8', newline='')
             self.text = open(os.path.join(config.out_dir, 'train.log'), 'a' if resuming else 'w', encoding='utf-8')
@@ -928,7 +959,7 @@ class Log:
         if console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed, and the last checkpoint is still being written
             self.text.write(text + '\n')
             self.text.flush()
 
@@ -947,7 +978,7 @@ class Log:
 
     def sync(self) -> None:
         """Have metrics.csv reach the disk."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.fsync(self.metrics.fileno())
 
     def close(self) -> None:
@@ -982,9 +1013,15 @@ def out_of_memory(error: RuntimeError, config: TrainConfig) -> UserError | None:
 
 def main() -> None:
     config = configure(TrainConfig, description='Train a GPT.')
+    if hasattr(signal, 'SIGUSR1'):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     try:
         train(config)
     except RuntimeError as error:
+        if reason := lost_contact(error):
+            rank = os.environ.get('RANK')
+            print(f'train.py: process {rank} lost the others, or waited {config.timeout_minutes:g} minutes for them: {reason}', file=sys.stderr)
+            sys.exit(1)
         raise out_of_memory(error, config) or error from None
     except UserError:
         if int(os.environ.get('LOCAL_RANK', 0)):

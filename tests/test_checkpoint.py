@@ -103,6 +103,38 @@ def test_out_dir_prefers_the_best(trained, tmp_path):
         checkpoint.load_from(str(tmp_path / 'none'))
 
 
+def test_the_one_before_stays_and_is_gone_back_to(tmp_path, capsys):
+    path = str(tmp_path / 'ckpt.pt')
+    for step in 1, 2, 3:
+        checkpoint.save(path, {'model': {'w': torch.full((9,), float(step))}, 'model_args': {}, 'iter_num': step}, keep_previous=True)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt']
+    assert checkpoint.load_from(str(tmp_path))[1]['iter_num'] == 3
+    os.truncate(path, 300)
+    used, state = checkpoint.load_from(str(tmp_path))
+    assert state['iter_num'] == 2 and used.endswith('ckpt.prev.pt')
+    assert 'WARNING' in (err := capsys.readouterr().err) and err.count('\n') == 1 and 'going back to' in err
+    checkpoint.set_aside_damaged(str(tmp_path), used)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt.damaged'], 'the next save cannot put it in the place of the good one'
+
+
+@pytest.mark.parametrize('background', [True, False])
+def test_a_writer_copies_first_and_tells_of_failures_later(background):
+    writer, written, w = checkpoint.Writer(background), [], torch.zeros(1_000_000)
+    writer.submit({'w': w, 'tied': w}, lambda state: written.append((state['w'].clone(), state['w'] is state['tied'])))
+    writer.before_update()
+    w += 1
+    writer.wait()
+    assert written[0][0].sum() == 0 and written[0][1], 'as it was, and what was one tensor is one'
+
+    def fail(state):
+        raise FloatingPointError('weights')
+
+    writer.submit({'w': w}, fail)
+    with pytest.raises(FloatingPointError):
+        writer.wait()
+    writer.wait()
+
+
 def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
     train(tiny(chars, tmp_path, '--arch=gpt2', '--max_iters=2', '--bias=True'))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)

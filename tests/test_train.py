@@ -407,6 +407,61 @@ def test_a_new_run_in_an_old_folder_drops_the_old_best(chars, trained, tmp_path)
     process.terminate()
     process.communicate()
     assert not (tmp_path / 't' / 'best.pt').exists() and (tmp_path / 't' / 'ckpt.pt').exists()
+    before = checkpoint.load(str(trained / 'best.pt'))['model']
+    assert same(before, checkpoint.load(str(tmp_path / 't' / 'earlier' / 'best.pt'))['model']), 'and nothing of it is lost'
+    train(tiny(chars, tmp_path / 't', '--max_iters=2'))
+    assert checkpoint.load(str(tmp_path / 't' / 'earlier-2' / 'ckpt.pt'))['iter_num'] >= 10
+
+
+def test_resuming_a_run_that_had_ended_by_itself_ends_again(chars, tmp_path):
+    ended = train(tiny(chars, tmp_path, '--target_val_loss=100', '--max_iters=50'))
+    assert ended['step'] == 10 == train(tiny(chars, tmp_path, '--init_from=auto'))['step']
+    assert train(tiny(chars, tmp_path, '--init_from=auto', '--target_val_loss=0', '--max_iters=12'))['step'] == 12
+
+
+def test_a_stranger_s_checkpoint_names_no_script_to_be_run(chars, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out')
+    (tmp_path / 'prepare.py').write_text(f'# offline: bool\nimport os; os.mkdir({str(tmp_path / "ran")!r})', encoding='utf-8')
+    state = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    state['config'] |= {'dataset': str(tmp_path), 'prepare': str(tmp_path / 'prepare.py')}
+    checkpoint.save(str(tmp_path / 'out' / 'ckpt.pt'), state)
+    with pytest.raises(UserError, match='not prepared; prepare it first'):
+        train(configure(TrainConfig, ['--init_from=resume', f'--out_dir={tmp_path / "out"}', '--device=cpu']))
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('way', ['interval', 'minutes', 'signal'])
+def test_checkpoints_between_evaluations(chars, tmp_path, way):
+    words = {'interval': ['--checkpoint_interval=7'], 'minutes': ['--checkpoint_minutes=0.01'], 'signal': []}[way]
+    process = subprocess.Popen(
+        [sys.executable, *command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000', '--checkpoint_minutes=0', *words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        next(line for line in process.stdout if line.startswith('step 10'))
+        if way == 'signal':
+            process.send_signal(signal.SIGUSR1)
+        deadline = time.time() + 30
+        while not (tmp_path / 'ckpt.pt').exists() and time.time() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+    state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    assert state['iter_num'] % 7 == 0 if way == 'interval' else state['iter_num'] > 0
+    assert len(state['losses']) == state['iter_num'] % 5, 'the losses that the next log line is the mean of'
+
+
+def test_a_signal_in_a_long_step_does_not_wait_for_its_end(chars, tmp_path):
+    words = command(chars, tmp_path, '--max_iters=10', '--gradient_accumulation_steps=1000000', '--batch_size=1', '--eval_interval=1000')
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if line.startswith('machine'))
+    time.sleep(1)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 143 and checkpoint.load(str(tmp_path / 'ckpt.pt'))['iter_num'] == 0
 
 
 def test_resume_takes_this_runs_optimizer_knobs(chars, trained, tmp_path):
@@ -445,7 +500,7 @@ def test_init_from_a_folder_of_gpt2_weights(tmp_path):
         train(configure(TrainConfig, config))
 
 
-@pytest.mark.parametrize('whom', ['all', 'one'])
+@pytest.mark.parametrize('whom', ['torchrun', 'all', 'one'])
 def test_a_signal_to_several_processes_saves(chars, tmp_path, whom):
     words = command(chars, tmp_path, '--max_iters=1000000', '--eval_interval=100000', '--gradient_accumulation_steps=2')
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *words]
@@ -454,8 +509,10 @@ def test_a_signal_to_several_processes_saves(chars, tmp_path, whom):
         launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, start_new_session=True
     )
     next(line for line in process.stdout if line.startswith('step 10'))
-    if whom == 'all':
+    if whom == 'torchrun':  # which passes it on
         process.send_signal(signal.SIGTERM)
+    elif whom == 'all':  # so that the processes get it twice
+        os.killpg(process.pid, signal.SIGTERM)
     else:
         workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(workers[-1]), signal.SIGTERM)

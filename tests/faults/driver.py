@@ -1,7 +1,7 @@
 """Break training runs in every way we could think of, and count what came of it.
 
     python tests/faults/driver.py                     (a short round, a few minutes)
-    python tests/faults/driver.py --kills=50 --damages=200 --signals=20 --restarts=5 --nans=5 --full_disks=3 --stops=2     (the long one)
+    python tests/faults/driver.py --kills=50 --damages=200 --fall_backs=10 --signals=20 --restarts=5 --nans=5 --full_disks=3 --stops=2     (the long one)
 
 Runs are real processes of train.py, on real files. A fault is survived if the run, or the one that resumes it, ends with exactly
 the weights, optimizer states and metrics.csv of a run that nobody disturbed, or, where there is nothing to go on with, if it ends with one
@@ -46,6 +46,7 @@ EXACT = ('step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm
 @dataclass
 class FaultsConfig:
     kills: int = 4  # kill -9 at a random instant, then resume
+    fall_backs: int = 2  # a damaged checkpoint, and a kill in the run that goes on from the one before
     damages: int = 40  # checkpoints cut off or with a bit turned, files and folders in turn
     signals: int = 3  # SIGTERM, SIGINT and SIGUSR1 at random instants
     restarts: int = 1  # one of two processes killed under torchrun --max_restarts=3
@@ -92,7 +93,10 @@ class Bench:
 
     def finish(self, *words: Any, **more: Any) -> subprocess.CompletedProcess:
         process = self.start(*words, **more)
-        out, err = process.communicate(timeout=300)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            end_group(process)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def undisturbed(self, processes: int = 1) -> Path:
@@ -146,6 +150,10 @@ def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
         pass
 
 
+def ended_badly(done: subprocess.CompletedProcess) -> str:
+    return f'exit {done.returncode}: {done.stderr[-600:]}' if done.returncode else ''
+
+
 def one_line(done: subprocess.CompletedProcess, status: int = 2) -> str:
     """'' if the run ended with the exit status and one clear line, else what it did."""
     lines = [line for line in done.stderr.strip().splitlines() if not line.startswith('WARNING')]
@@ -164,13 +172,14 @@ def kill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
         if line.startswith('machine:'):
             break
     time.sleep(dice.random() * 1.2 * bench.seconds)
+    over = process.poll() is not None
     end_group(process)
     process.communicate()
     writing = any(p.name.endswith('.tmp') for p in out.iterdir()) if out.exists() else False
     lost = reached(out) - step_of(out)
     done = bench.finish(out, '--init_from=auto')
-    wrong = done.stderr if done.returncode else differs(bench.undisturbed(), out)
-    return max(0, lost), wrong, 'while a checkpoint was written' if writing else ''
+    wrong = ended_badly(done) or differs(bench.undisturbed(), out)
+    return max(0, lost), wrong, 'over before' if over else 'while a checkpoint was written' if writing else 'in between'
 
 
 def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -185,7 +194,8 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     process.send_signal(number)
     if number == signal.SIGUSR1:
         time.sleep(0.5)
-        if not checkpoint.candidates(str(out)) and process.poll() is None:
+        if process.poll() is None and (not checkpoint.candidates(str(out)) or step_of(out) % 60 == 0):
+            end_group(process)
             return 0, 'SIGUSR1 brought no checkpoint', ''
         end_group(process)
     out_text, err = process.communicate(timeout=60)
@@ -193,7 +203,7 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
         return 0, f'{number!r}: exit {process.returncode}: {err[-300:]}', ''
     lost = max(0, reached(out) - step_of(out))
     done = bench.finish(out, '--init_from=resume')
-    return lost, done.stderr if done.returncode else differs(bench.undisturbed(), out), number.name
+    return lost, ended_badly(done) or differs(bench.undisturbed(), out), number.name
 
 
 def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -215,7 +225,8 @@ def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str
         end_group(process)
         return 0, 'hangs', ''
     again = 'resuming' in (out / 'train.log').read_text(encoding='utf-8')
-    return lost, err[-600:] if process.returncode else differs(bench.undisturbed(2), out), 'resumed' if again else 'began anew, or was over'
+    wrong = f'exit {process.returncode}: {err[-600:]}' if process.returncode else differs(bench.undisturbed(2), out)
+    return lost, wrong, 'resumed' if again else 'began anew, or was over'
 
 
 def stop(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -246,6 +257,26 @@ def children(pid: int) -> list[int]:
     """The processes that torchrun started."""
     text = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True, check=False).stdout
     return [int(word) for word in text.split()]
+
+
+def fall_back(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
+    """A damaged latest checkpoint, a run that goes on from the one before, killed at a random instant, and gone on with again."""
+    shutil.copytree(bench.undisturbed(), out)
+    with open(out / 'ckpt.pt', 'r+b') as f:
+        f.truncate(dice.randrange(os.path.getsize(out / 'ckpt.pt')))
+    good = step_of(out)
+    process = bench.start(out, '--init_from=resume', '--checkpoint_interval=1')
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith('resuming'):
+            break
+    time.sleep(0.5 * dice.random())
+    end_group(process)
+    process.communicate()
+    if step_of(out) < good:
+        return 0, 'the good checkpoint is lost', ''
+    done = bench.finish(out, '--init_from=resume')
+    return STEPS - good, ended_badly(done) or differs(bench.undisturbed(), out), ''
 
 
 def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -301,13 +332,14 @@ def fill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
             except OSError:
                 pass
         _, err = process.communicate(timeout=120)
-        if process.returncode not in (0, 2):
-            return 0, f'exit {process.returncode}: {err[-300:]}', ''
+        filled = subprocess.CompletedProcess(process.args, process.returncode, '', err)
+        if process.returncode and (wrong := one_line(filled)):
+            return 0, wrong, ''
         lost = STEPS - step_of(out)
         os.remove(out / 'ballast')
         subprocess.run(['mount', '-o', 'remount,size=100m', str(out)], check=True)
         done = bench.finish(out, '--init_from=resume')
-        wrong = done.stderr if done.returncode else weights_differ(bench.undisturbed(), out)
+        wrong = ended_badly(done) or weights_differ(bench.undisturbed(), out)
         return lost, wrong, 'filled' if process.returncode else 'ended before'
     finally:
         end_group(process)
@@ -355,9 +387,19 @@ def spoil(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
 
 
 def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """A checkpoint whose pickle wants to make a folder."""
+    """A checkpoint whose pickle wants to make a folder, or whose config names a script that does."""
     shutil.copytree(bench.undisturbed(), out)
     mark = out / 'ran'
+    if dice.random() < 0.5:
+        (out / 'data').mkdir()
+        (out / 'data' / 'prepare.py').write_text(f'import os\nos.mkdir({str(mark)!r})\n# offline: bool\n', encoding='utf-8')
+        state = checkpoint.load(str(out / 'ckpt.pt'))
+        state['config'] |= {'dataset': str(out / 'data'), 'prepare': str(out / 'data' / 'prepare.py')}
+        checkpoint.save(str(out / 'ckpt.pt'), state)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / 'train.py'), f'--out_dir={out}', '--init_from=resume'], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        return 0, 'the script ran' if mark.exists() else one_line(done), 'scripts'
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -367,12 +409,13 @@ def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
     for spare in ('ckpt.prev.pt', 'best.pt'):
         (out / spare).unlink()
     done = bench.finish(out, '--init_from=resume')
-    return 0, 'its code ran' if mark.exists() else one_line(done), ''
+    return 0, 'its code ran' if mark.exists() else one_line(done), 'pickles'
 
 
 FAULTS: dict[str, tuple[str, Callable[..., tuple[int, str, str]]]] = {
     'kills': ('kill -9, then resume', kill),
     'damages': ('damaged checkpoints', damage),
+    'fall_backs': ('damaged, resumed, killed, resumed', fall_back),
     'signals': ('SIGTERM, SIGINT, SIGUSR1', ask),
     'restarts': ('a process of two killed, restarted', restart),
     'stops': ('a process of two hangs', stop),
