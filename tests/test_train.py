@@ -293,7 +293,8 @@ def test_damaged_data_gets_one_line(chars, tmp_path):
     for name, content, message in (
         ('train.bin', b'123', 'odd size'),
         ('val.bin', b'', 'is empty'),
-        ('train.bin', b'\xff\xff' * 2000, 'beyond the vocabulary'),
+        ('train.bin', b'\xff' * (chars / 'train.bin').stat().st_size, 'beyond the vocabulary'),
+        ('train.bin', (chars / 'train.bin').read_bytes()[:5000], 'cut off'),
         ('meta.json', b'{', 'meta.json: not a description'),
     ):
         folder = tmp_path / message.replace(' ', '-').replace(':', '')
