@@ -600,6 +600,8 @@ def main() -> None:
         if damaged:
             raise UserError('; '.join(damaged))
         return
+    if not os.path.exists(args.path):
+        raise UserError(f'{args.path}: no such checkpoint')
     merging = args.command == 'merge'
     if os.path.isdir(args.path) != merging:
         raise UserError(f'{args.path}: {args.command} reads a {"folder of shards" if merging else "file"}')
