@@ -274,7 +274,7 @@ def on_cpu(value: Any, seen: dict[Any, torch.Tensor], mesh: Any) -> Any:
     if isinstance(value, dict):
         return {k: on_cpu(v, seen, mesh) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [on_cpu(v, seen, mesh) for v in value]
+        return type(value)(on_cpu(v, seen, mesh) for v in value)
     if not torch.is_tensor(value):
         return value
     mine = local(value.detach())

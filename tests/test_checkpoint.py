@@ -120,11 +120,11 @@ def test_the_one_before_stays_and_is_gone_back_to(tmp_path, capsys):
 @pytest.mark.parametrize('background', [True, False])
 def test_a_writer_copies_first_and_tells_of_failures_later(background):
     writer, written, w = checkpoint.Writer(background), [], torch.zeros(1_000_000)
-    writer.submit({'w': w, 'tied': w}, lambda state: written.append((state['w'].clone(), state['w'] is state['tied'])))
+    writer.submit({'w': w, 'tied': w, 'betas': (0.9, 0.95)}, lambda state: written.append((state['w'].clone(), state['w'] is state['tied'], state['betas'])))
     writer.before_update()
     w += 1
     writer.wait()
-    assert written[0][0].sum() == 0 and written[0][1], 'as it was, and what was one tensor is one'
+    assert written[0][0].sum() == 0 and written[0][1:] == (True, (0.9, 0.95)), 'as it was, and what was one tensor is one'
 
     def fail(state):
         raise FloatingPointError('weights')
