@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, run
-from dataset import read_meta
+from dataset import read_meta, sync_folder, write_whole
 from model import GPT, GPTConfig, is_sharded, local
 from optimizer import configure_optimizers
 from tokenizer import Tokenizer, from_state
@@ -144,23 +144,15 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
 
     def finish() -> None:
         if rank == 0:
-            write_text(os.path.join(part, REST), json.dumps(rest))
+            write_whole(os.path.join(part, REST), json.dumps(rest).encode())
             digests = {REST: file_digest(os.path.join(part, REST))} | {name: digest for mine in sums for name, digest in mine.items()}
-            write_text(os.path.join(part, SUMS), ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items())))
-            sync_folder(part)
+            write_whole(os.path.join(part, SUMS), ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items())).encode())
             put_in_place(part, path, keep_previous)
 
     agreed(prepare)
     agreed(write_tensors)
     sums = agreed(hash_mine)
     agreed(finish)
-
-
-def write_text(path: str, text: str) -> None:
-    with open(path, 'w', encoding='utf-8', newline='\n') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def put_in_place(part: str, path: str, keep_previous: bool) -> None:
@@ -195,15 +187,6 @@ def remove(path: str) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
-
-
-def sync_folder(path: str) -> None:
-    if os.name == 'posix':
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class Writer:
@@ -315,7 +298,7 @@ def candidates(where: str, best: bool = False) -> list[str]:
     if not os.path.isdir(where):
         raise UserError(f'{where}: no such folder or file; train a model first: python train.py config/train_darklyrics.py')
     found = []
-    for role in (['best'] if best else []) + ['ckpt', 'ckpt.prev']:
+    for role in (['best', 'best.prev'] if best else []) + ['ckpt', 'ckpt.prev']:  # best.prev: a kill came between two renames of folders
         both = [p for p in (os.path.join(where, role + '.pt'), os.path.join(where, role)) if os.path.exists(p)]
         found += sorted(both, key=os.path.getmtime, reverse=True)  # of file and folder the newer one
     return found

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -119,6 +120,26 @@ def write_dataset(
             f'  {split}.bin  {splits[split]["tokens"]:,} tokens from {splits[split]["documents"]:,} documents, {splits[split]["bytes"]:,} bytes of text'
         )
     return meta
+
+
+def write_whole(path: str, content: Any) -> None:
+    """Write bytes, or those of an open file, to `path`: whole or not at all, and on the disk to stay. Raises OSError."""
+    with open(path + '.tmp', 'wb') as f:
+        shutil.copyfileobj(content, f, 1 << 24) if hasattr(content, 'read') else f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+    sync_folder(os.path.dirname(path) or '.')
+
+
+def sync_folder(path: str) -> None:
+    """Have the names in a folder reach the disk, where the system knows how."""
+    if os.name == 'posix':
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
-from dataset import Split, bytes_per_token, read_tokenizer
+from dataset import Split, bytes_per_token, read_tokenizer, write_whole
 from model import GPT, GPTConfig, can_compile, fast_bf16, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
 from optimizer import configure_optimizers
 from parallel import Team, lost_contact, shard, shares
@@ -149,7 +149,7 @@ MACHINE_KNOBS = tuple(
     'checkpoint_interval checkpoint_minutes checkpoint_async prepare'.split()  # prepare: a checkpoint must not name a script to be run
 )
 BEST_KEYS = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'meta')
-OF_A_RUN = ('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json')
+OF_A_RUN = ('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'best.prev', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json')
 METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 
 
@@ -173,12 +173,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def read(where: str, best: bool) -> tuple[str, dict[str, Any]]:
         """The checkpoint that the first process finds whole; the others read the same."""
-        if main:
-            found: dict[str, Any] = {}
-            path = team.told(lambda: found.update(zip(('path', 'state'), checkpoint.load_from(where, best, True, lazy=fsdp))) or found['path'])
-            return path, found['state']
-        path = team.told(lambda: '')
-        return path, checkpoint.load(path, optimizer=True, lazy=fsdp, checked=True)
+        found: dict[str, Any] = {}
+
+        def find() -> str:
+            path, found['state'] = checkpoint.load_from(where, best, optimizer=True, lazy=fsdp)
+            return path
+
+        path = team.told(find)
+        return path, found['state'] if main else checkpoint.load(path, optimizer=True, lazy=fsdp, checked=True)
 
     def resumable() -> bool:
         """Is there something to resume? For words that began a run anew, and that torchrun repeats at a restart: by this very job?"""
@@ -929,9 +931,7 @@ class Log:
             os.replace(path + '.tmp', path)
             self.metrics = open(path, 'a', encoding='utf-8', newline='')
             self.text = open(os.path.join(config.out_dir, 'train.log'), 'a' if resuming else 'w', encoding='utf-8')
-            with open(os.path.join(config.out_dir, 'config.json.tmp'), 'w', encoding='utf-8') as f:
-                json.dump(dataclasses.asdict(config), f, indent=1)
-            os.replace(os.path.join(config.out_dir, 'config.json.tmp'), os.path.join(config.out_dir, 'config.json'))
+            write_whole(os.path.join(config.out_dir, 'config.json'), json.dumps(dataclasses.asdict(config), indent=1).encode())
             tokenizer.save(os.path.join(config.out_dir, 'tokenizer.json'))
         except OSError as error:
             raise UserError(f'out_dir={config.out_dir}: cannot be written ({error.strerror})') from None

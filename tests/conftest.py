@@ -17,7 +17,7 @@ import torch  # noqa: E402
 
 from configurator import configure  # noqa: E402
 from dataset import split_text, write_dataset  # noqa: E402
-from tokenizer import CharTokenizer  # noqa: E402
+from tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 
 torch.set_num_threads(2)
@@ -57,6 +57,15 @@ def tiny(folder, out_dir, *more):
             *map(str, more),
         ],
     )
+
+
+def gpt2():
+    """GPT-2's tokenizer, from files at hand; a test that wants it is skipped where they are not."""
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or str(ROOT.parent / 'shared' / 'tiktoken_cache')
+    if not os.path.isdir(cache):
+        pytest.skip('missing data: tiktoken has no cached files here, and tests use no network')
+    os.environ['TIKTOKEN_CACHE_DIR'] = cache
+    return GPT2Tokenizer()
 
 
 @pytest.fixture(scope='session')

@@ -7,22 +7,20 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
 
 from configurator import UserError
 from dataset import Split, bytes_per_token, read_meta, read_tokenizer
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT, gpt2, script
 
-tiktoken = pytest.importorskip('tiktoken')
-CACHE = ROOT.parent / 'shared' / 'tiktoken_cache'
-if CACHE.exists():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(CACHE))
-try:
-    GPT2 = tiktoken.get_encoding('gpt2')
-except Exception:
-    pytest.skip("GPT-2's tokenizer files are not at hand", allow_module_level=True)
 EOT = 50256
 WORDS = 'a slow ferry carries lanterns over the bay and nobody on deck remembers who lit the first of them 海 éclair <|endoftext|>'.split()
 SMALL = '--val_tokens=1500', '--shard_tokens=2000'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tokens_at_hand():
+    gpt2()
 
 
 def texts(n=400, seed=1):
@@ -66,7 +64,7 @@ def documents(folder, *names):
 
 
 def expected(pages):
-    return [GPT2.encode_ordinary(t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')) for t in pages]
+    return [tiktoken.get_encoding('gpt2').encode_ordinary(t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')) for t in pages]
 
 
 def test_shards_hold_the_documents(tmp_path):
@@ -83,7 +81,7 @@ def test_shards_hold_the_documents(tmp_path):
     for split, of in ('train', names[:-1]), ('val', names[-1:]):
         own = documents(out, *of)
         assert counts[split]['tokens'] == sum(map(len, own)) + len(own)
-        assert counts[split]['bytes'] == len(GPT2.decode_bytes([i for d in own for i in d]))
+        assert counts[split]['bytes'] == len(tiktoken.get_encoding('gpt2').decode_bytes([i for d in own for i in d]))
     assert 3 < bytes_per_token(str(out)) < 6 and read_tokenizer(str(out)).kind == 'gpt2'
     assert Split(str(out), 'train', 32, 50257).n_tokens == counts['train']['tokens']
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}

@@ -1,11 +1,10 @@
 import json
-import os
 
 import pytest
 
 from configurator import UserError
-from tests.conftest import DEMO, ROOT, script
-from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, GPT2Tokenizer, from_state, load
+from tests.conftest import DEMO, gpt2, script
+from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, from_state, load
 
 UNICODE = [
     '',
@@ -25,14 +24,6 @@ UNICODE = [
 @pytest.fixture(scope='module')
 def bpe(demo_text):
     return BPETokenizer.train([demo_text], 600)
-
-
-def gpt2():
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or str(ROOT.parent / 'shared' / 'tiktoken_cache')
-    if not os.path.isdir(cache):
-        pytest.skip('tiktoken has no cached files here')
-    os.environ['TIKTOKEN_CACHE_DIR'] = cache
-    return GPT2Tokenizer()
 
 
 @pytest.mark.parametrize('text', UNICODE, ids=repr)

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -22,7 +21,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import find_files, read_jsonl, shown  # noqa: E402
+from dataset import find_files, read_jsonl, shown, write_whole  # noqa: E402
 from tokenizer import GPT2Tokenizer  # noqa: E402
 
 WAITS = (10, 60, 300)  # seconds before a broken stream is opened again; the libraries below have by then tried for minutes themselves
@@ -238,18 +237,9 @@ def link(path: str, shard: str) -> None:
 
 
 def write_file(path: str, content: Any) -> None:
-    """Bytes, or an open file's, whole or not at all, and on the disk to stay."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(path + '.tmp', 'wb') as f:
-            shutil.copyfileobj(content, f, 1 << 24) if hasattr(content, 'read') else f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-        if os.name == 'posix':  # the new name too, before anything is noted of it
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}; {KEPT}') from None
 

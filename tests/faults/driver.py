@@ -143,6 +143,12 @@ def reached(out: Path) -> int:
         return max((int(row['step']) for row in csv.DictReader(f) if (row['step'] or '').isdigit()), default=0)
 
 
+def wait_for(process: subprocess.Popen, start: str) -> None:
+    """Read what it says until a line begins so, or it ends."""
+    assert process.stdout
+    next((line for line in process.stdout if line.startswith(start)), '')
+
+
 def end_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
     try:
         os.killpg(process.pid, number)
@@ -167,10 +173,7 @@ def one_line(done: subprocess.CompletedProcess, status: int = 2) -> str:
 def kill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     bench.undisturbed()
     process = bench.start(out, f'--checkpoint_async={dice.random() < 0.5}')
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith('machine:'):
-            break
+    wait_for(process, 'machine:')
     time.sleep(dice.random() * 1.2 * bench.seconds)
     over = process.poll() is not None
     end_group(process)
@@ -186,10 +189,7 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     number = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     bench.undisturbed()
     process = bench.start(out, '--checkpoint_interval=0')
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith('machine:'):
-            break
+    wait_for(process, 'machine:')
     time.sleep(0.1 + dice.random() * 0.7 * bench.seconds)
     process.send_signal(number)
     if number == signal.SIGUSR1:
@@ -210,10 +210,7 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
 def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     bench.undisturbed(2)
     process = bench.start(out, processes=2, launcher=('--max_restarts=3',))
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith('machine:'):
-            break
+    wait_for(process, 'machine:')
     time.sleep(dice.random() * bench.seconds)
     victims = children(process.pid)
     lost = 0
@@ -232,10 +229,7 @@ def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str
 
 def stop(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     process = bench.start(out, '--timeout_minutes=0.15', '--max_iters=100000', processes=2)
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith('step 7'):
-            break
+    wait_for(process, 'step 7')
     victims = children(process.pid)
     os.kill(dice.choice(victims), signal.SIGSTOP)
     started = time.monotonic()
@@ -267,10 +261,7 @@ def fall_back(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
         f.truncate(dice.randrange(os.path.getsize(out / 'ckpt.pt')))
     good = step_of(out)
     process = bench.start(out, '--init_from=resume', '--checkpoint_interval=1')
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith('resuming'):
-            break
+    wait_for(process, 'resuming')
     time.sleep(0.5 * dice.random())
     end_group(process)
     process.communicate()
