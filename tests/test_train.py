@@ -14,8 +14,9 @@ import torch
 
 import checkpoint
 from configurator import UserError, configure
+from log import METRICS
 from tests.conftest import ROOT, script, tiny
-from train import METRICS, TrainConfig, learning_rate, train
+from train import TrainConfig, learning_rate, train
 
 
 def weights(out):
