@@ -1,7 +1,8 @@
 """Token files: write `train.bin` and `val.bin` from documents, read batches from them.
 
 A `.bin` file is raw little-endian uint16 token ids, nothing else (nanoGPT's format); shards (`train_000001.bin …`) and the
-256-int32 header of llm.c and modded-nanogpt are read too. `meta.json` beside them holds the tokenizer and the counts.
+256-int32 header of llm.c and modded-nanogpt are read too. Vocabularies beyond 65,536 tokens get llm.c's header for uint32 ids.
+`meta.json` beside them holds the tokenizer and the counts.
 
 Reading has no state. The batch of step s is a pure function of (seed, s) and the files: each epoch cuts the split into
 windows at its own offset and visits every window once, in an order drawn from (seed, epoch) by a keyed permutation that
@@ -28,7 +29,7 @@ from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, fro
 from tokenizer import load as load_tokenizer
 
 Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
-HEADER_MAGIC, HEADER_BYTES = 20240520, 1024
+HEADERS, HEADER_BYTES = {20240520: (1, 2), 20240801: (7, 4)}, 1024  # llm.c's magic numbers, versions, and bytes of an id
 U64 = np.uint64
 
 
@@ -47,20 +48,22 @@ def write_dataset(
     """Tokenize `pieces` into `folder`/{split}.bin and meta.json; returns the meta.
 
     Streams: memory does not grow with the corpus. The library behind the tokenizer uses all cores. Everything is written
-    under temporary names and renamed at the end, the meta last. Raises UserError if a needed split stays empty, the
-    vocabulary does not fit 16 bits, or the disk is full; the old files are then untouched.
+    under temporary names and renamed at the end, the meta last. Raises UserError if a needed split stays empty, or the
+    disk is full; the old files are then untouched.
     """
-    if tokenizer.vocab_size > 65536:
-        raise UserError(f'a vocabulary of {tokenizer.vocab_size} does not fit 16-bit token files: at most 65536')
+    wide = tokenizer.vocab_size > 65536
     os.makedirs(folder, exist_ok=True)
     splits = {s: {'documents': 0, 'tokens': 0, 'bytes': 0} for s in need}
     files = {s: open(os.path.join(folder, f'{s}.bin.tmp'), 'wb') for s in need}
+    if wide:
+        for f in files.values():
+            f.seek(HEADER_BYTES)
     separator = [] if tokenizer.eot is None else [tokenizer.eot]
     bar = tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenizing', disable=None, leave=False)
 
     def flush(batch: list[Piece]) -> None:
         for (split, text, ends), ids in zip(batch, tokenizer.encode_batch([p[1] for p in batch])):
-            array = np.concatenate([ids, separator if ends else []]).astype('<u2')
+            array = np.concatenate([ids, separator if ends else []]).astype('<u4' if wide else '<u2')
             files[split].write(array.tobytes())
             size = len(tokenizer.normalize(text).encode('utf-8', 'surrogatepass'))
             splits[split]['documents'] += ends
@@ -78,7 +81,10 @@ def write_dataset(
                 flush(batch)
                 batch, waiting = [], 0
         flush(batch)
-        for f in files.values():
+        for split, f in files.items():
+            if wide:
+                f.seek(0)
+                f.write(np.array([20240801, 7, splits[split]['tokens'] % 2**31] + [0] * 253, dtype='<i4').tobytes())
             f.flush()
             os.fsync(f.fileno())
             f.close()
@@ -152,6 +158,20 @@ def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
 # Reading
 
 
+def folder_of(dataset: str) -> str:
+    """The folder that a `dataset` knob names: the path of one, or a name under data/."""
+    return dataset if os.path.isdir(dataset) else os.path.join('data', dataset)
+
+
+def token_files(folder: str, name: str) -> list[str]:
+    """The paths of a split's one file, or of its shards in order. Raises UserError if there is neither."""
+    single = os.path.join(folder, f'{name}.bin')
+    paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
+    if not paths:
+        raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
+    return paths
+
+
 class Split:
     """One split of a dataset folder: `n_windows` windows of `block_size` + 1 tokens each.
 
@@ -163,10 +183,7 @@ class Split:
         self, folder: str, name: str, block_size: int, vocab_size: int = 65536, seed: int = 1337, group: int = 0, groups: int = 1
     ):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        single = os.path.join(folder, f'{name}.bin')
-        paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
-        if not paths:
-            raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
+        paths = token_files(folder, name)
         if groups > 1:
             numbers = [int(n[1]) if (n := re.search(r'_(\d+)\.bin$', path)) else None for path in paths]
             if None in numbers:
@@ -177,7 +194,7 @@ class Split:
         self.shards = [TokenFile(path) for path in paths]
         self.paths, self.n_tokens = paths, sum(map(len, self.shards))
         told = read_meta(folder).get('splits', {}).get(name, {}).get('tokens', self.n_tokens)
-        if paths == [single] and told != self.n_tokens:
+        if paths == [os.path.join(folder, f'{name}.bin')] and told != self.n_tokens:
             raise UserError(f'{paths[0]}: {self.n_tokens} tokens, but meta.json says {told}: cut off, or of another preparation; prepare it again')
         # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
         # offsets take any value below block_size, so that each epoch sees the text cut in other places.
@@ -255,7 +272,7 @@ class Split:
 
 
 class TokenFile:
-    """The uint16 ids of one file, read where they are asked for; a 256-int32 header with the known magic is skipped.
+    """The ids of one file, read where they are asked for: uint16, or what a 256-int32 header with a known magic says.
 
     Reads, and does not map: a page of a 100 GB mapping that is touched for the first time costs more than the reading of it.
     """
@@ -264,25 +281,28 @@ class TokenFile:
         size = os.path.getsize(path)
         if size == 0:
             raise UserError(f'{path}: the file is empty; prepare the dataset again')
-        if size % 2:
-            raise UserError(f'{path}: {size} bytes is an odd size, but token ids take two bytes each: the file is cut off or not a token file')
-        self.path, self.before = path, 0
+        self.path, self.before, self.width = path, 0, 2
         self.file = open(path, 'rb', buffering=0)  # kept open: a dataset prepared anew meanwhile does not get mixed in
-        header = np.frombuffer(self.file.read(12), dtype='<i4') if size >= HEADER_BYTES else []
-        if len(header) and header[0] == HEADER_MAGIC:
-            if header[1] != 1:
-                raise UserError(f'{path}: header version {header[1]} is not the uint16 one (version 1)')
-            if size != HEADER_BYTES + 2 * int(header[2]):
-                raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {(size - HEADER_BYTES) // 2}: it is cut off')
+        header = np.frombuffer(self.file.read(12), dtype='<i4').tolist() if size >= HEADER_BYTES else [0]
+        if header[0] in HEADERS:
+            version, self.width = HEADERS[header[0]]
             self.before = HEADER_BYTES
-        self.n_tokens = (size - self.before) // 2
+            if header[1] != version:
+                raise UserError(f'{path}: header version {header[1]} is not the uint{8 * self.width} one (version {version})')
+            if header[2] != (n := (size - self.before) // self.width) % 2**31:
+                raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {n}: it is cut off')
+        if size % self.width:
+            raise UserError(
+                f'{path}: {size} bytes is an odd size, but token ids take {self.width} bytes each: the file is cut off or not a token file'
+            )
+        self.n_tokens = (size - self.before) // self.width
 
     def __len__(self) -> int:
         return self.n_tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens from number `start` on, int64: `count` of them, or as many as there are."""
-        at, size = self.before + 2 * start, 2 * max(0, min(count, self.n_tokens - start))
+        at, size = self.before + self.width * start, self.width * max(0, min(count, self.n_tokens - start))
         if hasattr(os, 'pread'):
             raw = os.pread(self.file.fileno(), size, at)
         else:  # Windows; no two threads read the same split
@@ -290,7 +310,7 @@ class TokenFile:
             raw = self.file.read(size)
         if len(raw) < size:
             raise UserError(f'{self.path}: the file became shorter while it was read; prepare the dataset again')
-        return np.frombuffer(raw, dtype='<u2').astype(np.int64)
+        return np.frombuffer(raw, dtype=f'<u{self.width}').astype(np.int64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset import HEADER_MAGIC, Split, permute, pick_split, read_meta, read_pieces, read_tokenizer, split_text, write_dataset
+from dataset import Split, TokenFile, permute, pick_split, read_meta, read_pieces, read_tokenizer, split_text, write_dataset
 from tests.conftest import DEMO, ROOT, script
 from tokenizer import BPETokenizer, CharTokenizer
 
@@ -15,7 +15,7 @@ def write_bin(path, tokens, header=False):
     ids = np.asarray(tokens, dtype='<u2').tobytes()
     if header:
         words = np.zeros(256, dtype='<i4')
-        words[:3] = HEADER_MAGIC, 1, len(tokens)
+        words[:3] = 20240520, 1, len(tokens)
         ids = words.tobytes() + ids
     path.write_bytes(ids)
 
@@ -94,8 +94,8 @@ def test_shards_and_headers(tmp_path):
         (b'\x01\x00\x02', 'odd size'),
         (struct.pack('<10H', *range(10)), 'fewer than one window'),
         (struct.pack('<100H', *range(900, 1000)), 'token id 9.. is beyond the vocabulary of 50'),
-        (struct.pack('<256i', HEADER_MAGIC, 1, 99, *[0] * 253) + b'\0\0', 'cut off'),
-        (struct.pack('<256i', HEADER_MAGIC, 7, 1, *[0] * 253) + b'\0\0', 'header version 7'),
+        (struct.pack('<256i', 20240520, 1, 99, *[0] * 253) + b'\0\0', 'cut off'),
+        (struct.pack('<256i', 20240520, 7, 1, *[0] * 253) + b'\0\0', 'header version 7'),
     ],
 )
 def test_bad_token_files(tmp_path, content, message):
@@ -137,10 +137,20 @@ def test_failed_preparation_changes_nothing(tmp_path):
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_large_vocabularies_are_refused(tmp_path):
-    tokenizer = CharTokenizer.train([''.join(map(chr, range(0x20000, 0x20000 + 65536)))])
-    with pytest.raises(UserError, match='65537 does not fit 16-bit'):
-        write_dataset(str(tmp_path), [], tokenizer)
+def test_large_vocabularies(tmp_path):
+    """Beyond 65,536 tokens the ids take four bytes each, under llm.c's header; what reads them need not know."""
+    tokenizer = CharTokenizer.train([''.join(map(chr, range(0x20000, 0x20000 + 70000)))])
+    text = ''.join(chr(0x20000 + i * 7 % 70000) for i in range(5000))
+    write_dataset(str(tmp_path), [('train', text, True), ('val', text[:100], True)], tokenizer)
+    raw = (tmp_path / 'train.bin').read_bytes()
+    assert struct.unpack('<3i', raw[:12]) == (20240801, 7, 5001) and len(raw) == 1024 + 4 * 5001
+    expected = [*tokenizer.encode(text), tokenizer.eot]
+    assert max(expected) > 65536 and TokenFile(str(tmp_path / 'train.bin')).read(0, 10**6).tolist() == expected
+    x, y = Split(str(tmp_path), 'val', 100, tokenizer.vocab_size).batch(0, 1)
+    assert [*x[0], y[0, -1]] == [*expected[:100], tokenizer.eot]
+    (tmp_path / 'train.bin').write_bytes(raw[:-4])
+    with pytest.raises(UserError, match='says 5001 tokens, the file holds 5000'):
+        TokenFile(str(tmp_path / 'train.bin'))
 
 
 def test_split_text_loses_nothing():
