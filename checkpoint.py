@@ -337,6 +337,8 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
         raise UserError(f'{path}: no such checkpoint; train one first: python train.py config/train_darklyrics.py')
     if not isinstance(state, dict) or not isinstance(state.get('model'), dict) or not isinstance(state.get('model_args'), dict):
         raise UserError(f'{path}: not a GPT checkpoint (no model and model_args in it)')
+    if wrong := [key for key in ('config', 'meta', 'tokenizer') if not isinstance(state.get(key, {}), dict)]:
+        raise UserError(f'{path}: its {wrong[0]} is no dictionary: damaged, or not by train.py')
     state['model'] = {
         name.removeprefix('module.').removeprefix('_orig_mod.'): w for name, w in state['model'].items() if not name.endswith('.attn.bias')
     }

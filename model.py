@@ -5,16 +5,19 @@ Two presets, every part of which can be overridden:
 - arch='modern' (default): RMSNorm before and RoPE in attention, QK-norm, grouped-query attention, SwiGLU, no biases,
   zero-initialised output projections: the Qwen3 architecture (Qwen team 2025), so that common runtimes load it.
 
-Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H, V the vocabulary.
+`GPT.from_pretrained` takes the weights of either from Hugging Face's files; export.py is the way back.
+
+Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = head_dim (mostly C / H), V the vocabulary.
 """
 
 import copy
+import functools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,7 +31,48 @@ PRESETS: dict[str, dict[str, Any]] = {
     'modern': dict(bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False),
 }
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-GPT2_FILES = ('model.safetensors', 'pytorch_model.bin')
+WEIGHT_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+# Our names, and Hugging Face's in Qwen3, where our fused matrices stand apart; GPT-2's are our own, its matrices transposed
+QWEN3_NAMES = {
+    'wte': ('embed_tokens',),
+    'ln_f': ('norm',),
+    'ln_1': ('input_layernorm',),
+    'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    'attn.q_norm': ('self_attn.q_norm',),
+    'attn.k_norm': ('self_attn.k_norm',),
+    'attn.c_proj': ('self_attn.o_proj',),
+    'ln_2': ('post_attention_layernorm',),
+    'mlp.c_fc': ('mlp.gate_proj', 'mlp.up_proj'),
+    'mlp.c_proj': ('mlp.down_proj',),
+}
+QWEN3_SHAPE = {
+    'max_position_embeddings': 'block_size',
+    'num_hidden_layers': 'n_layer',
+    'num_attention_heads': 'n_head',
+    'num_key_value_heads': 'n_kv_head',
+    'head_dim': 'head_dim',
+    'hidden_size': 'n_embd',
+    'intermediate_size': 'n_ff',
+}
+# What config.json must say for our blocks to compute the same: the first is what it means if it says nothing
+EXACTLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    'gpt2': {
+        'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
+        'layer_norm_epsilon': (1e-5,),
+        'scale_attn_weights': (True,),
+        'scale_attn_by_inverse_layer_idx': (False,),
+        'add_cross_attention': (False,),
+        'quantization_config': (None,),
+    },
+    'qwen3': {
+        'hidden_act': ('silu',),
+        'rms_norm_eps': (1e-6,),
+        'attention_bias': (False,),
+        'use_sliding_window': (False,),
+        'rope_scaling': (None,),
+        'quantization_config': (None,),
+    },
+}
 NANOGPT_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
 
@@ -52,6 +96,7 @@ class GPTConfig:
     qk_norm: bool | None = None  # normalize queries and keys (Henry et al. 2020): steady at high learning rates
     tie_weights: bool | None = None  # one matrix for embedding and head (Press and Wolf 2017)
     rope_theta: float = 10000.0
+    head_dim: int | None = None  # width of a head; None: n_embd / n_head
 
     def __post_init__(self) -> None:
         if self.arch not in PRESETS:
@@ -64,8 +109,12 @@ class GPTConfig:
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_head={self.n_head} does not divide n_embd={self.n_embd}: every head takes an equal share of the width')
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f'n_head={self.n_head} does not divide n_embd={self.n_embd}: every head takes an equal share of the width')
+            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim < 1:
+            raise ValueError(f'head_dim={self.head_dim}: expected at least 1')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}')
         if self.n_ff is None:
@@ -81,8 +130,8 @@ class GPTConfig:
         ):
             if getattr(self, key) not in known:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(known)}')
-        if self.position == 'rope' and self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd / n_head = {self.n_embd // self.n_head}: RoPE turns pairs, so it must be even')
+        if self.position == 'rope' and self.head_dim % 2:
+            raise ValueError(f'head_dim={self.head_dim} (n_embd / n_head, if not given): RoPE turns pairs, so it must be even')
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that rebuild this config; for plain GPT-2 exactly nanoGPT's seven, so that nanoGPT can read them."""
@@ -133,11 +182,12 @@ class KVCache:
 
     `length` tokens of each row are filled in; `pad` (B,) counts the empty places on the left of shorter prompts, or is
     None when all rows are equally long. `place` is None, or the place (1,) of the next token as a tensor: then `update`
-    gives out the whole room, whose shape never changes, so that a compiled step or a CUDA graph serves every token.
+    gives out the whole room, whose shape never changes, so that a compiled step or a CUDA graph serves every token. A place
+    of its own for each row, (B, 1), makes texts of any length neighbours (engine.py).
     """
 
     def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch, config.n_kv_head or config.n_head, room, config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, batch, config.n_kv_head or config.n_head, room, config.head_dim or 0)
         self.data = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a compiled step reads the whole room, masked
         self.length = 0
         self.pad: torch.Tensor | None = None
@@ -145,6 +195,11 @@ class KVCache:
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
+        if self.place is not None and self.place.dim() == 2:
+            rows, heads = (torch.arange(n, device=k.device) for n in k.shape[:2])
+            self.data[layer, 0][rows[:, None], heads, self.place] = k[:, :, 0].to(self.data.dtype)
+            self.data[layer, 1][rows[:, None], heads, self.place] = v[:, :, 0].to(self.data.dtype)
+            return self.data[layer, 0], self.data[layer, 1]
         if self.place is not None:
             self.data[layer, 0].index_copy_(2, self.place, k.to(self.data.dtype))
             self.data[layer, 1].index_copy_(2, self.place, v.to(self.data.dtype))
@@ -153,6 +208,17 @@ class KVCache:
         self.data[layer, 0, :, :, self.length : end] = k
         self.data[layer, 1, :, :, self.length : end] = v
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+
+def attend_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of one query a row, q (B, H, 1, D) to k and v (B, n_kv_head, keys, D), mask (B, 1, 1, keys): plain products.
+
+    To the last bit the same whoever else is in the batch, unlike the fused kernel, whose threads differ in their rounding on
+    a CPU (He et al. 2025, "Defeating Nondeterminism in LLM Inference"; here measured by tests/test_engine.py).
+    """
+    B, H, _, D = q.shape
+    scores = q.reshape(B, k.size(1), H // k.size(1), D) @ k.transpose(-1, -2) * D**-0.5  # query heads that share keys, together
+    return (scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v).view(B, H, 1, D)
 
 
 class CastLinear(torch.autograd.Function):
@@ -191,16 +257,16 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim or 0
         bias = bool(config.bias)
         self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=bias)
+        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if config.qk_norm else None for _ in 'qk')
 
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -210,16 +276,20 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q.to(k.dtype),  # a cache may be finer than the weights
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T == k.size(2) > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
+            q = q.to(k.dtype)  # a cache may be finer than the weights
+        if cache is not None and cache.place is not None and cache.place.dim() == 2 and mask is not None:
+            y = attend_alike(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and T == k.size(2) > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.n_kv_head != self.n_head,
+            )
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -383,7 +453,7 @@ class GPT(nn.Module):
         config = self.config
         if config.position == 'learned':
             return None
-        dim = config.n_embd // config.n_head if config.position == 'rope' else config.n_embd
+        dim = (config.head_dim or 0) if config.position == 'rope' else config.n_embd
         theta = config.rope_theta if config.position == 'rope' else 10000.0
         angle = torch.outer(torch.arange(config.block_size).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))  # (T, dim / 2)
         if config.position == 'rope':
@@ -424,8 +494,10 @@ class GPT(nn.Module):
         mask = None
         if cache is not None and (static is not None or cache.pad is not None or past and T > 1):
             keys = torch.arange(past + T if static is None else cache.data.size(4), device=idx.device)
-            mask = keys <= place[:, None]  # (T, keys)
-            if cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
+            mask = keys <= place[..., None]  # (T, keys), or (B, 1, keys) of rows with places of their own
+            if place.dim() == 2:
+                mask = mask[:, None]
+            elif cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
                 mask = mask & (keys >= cache.pad[:, None, None])  # (B, T, keys)
                 mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
                 place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
@@ -472,9 +544,9 @@ class GPT(nn.Module):
         return n
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token, forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        """Training FLOPs a token, forward and backward: 6 N + 12 L H D T (PaLM, Chowdhery et al. 2022, appendix B)."""
         config = self.config
-        return 6 * self.num_params(embeddings=False) + 12 * config.n_layer * config.n_embd * config.block_size
+        return 6 * self.num_params(embeddings=False) + 12 * config.n_layer * config.n_head * (config.head_dim or 0) * config.block_size
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to `block_size` tokens in place. Raises ValueError if it is longer than now."""
@@ -503,6 +575,7 @@ class GPT(nn.Module):
         seed: int = 1337,
         vocab_size: int | None = None,
         compile: bool = False,
+        avoid: Sequence[Any] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Continue each prompt (token ids; lengths may differ), giving out one (B,) tensor of new ids at a time.
 
@@ -513,12 +586,16 @@ class GPT(nn.Module):
         When the context is full, its later half is kept and read again: writing goes on without end.
         `compile` compiles the step of one token (on CUDA as one graph); it takes a while and pays for long or many texts,
         one call at a time: the cache is kept from call to call.
+        `avoid` holds an object per row (originality.Avoid): the ids that its `banned()` lists are not drawn next, and `push(id)`
+        tells it what was; each token is then waited for.
         Raises ValueError for an empty prompt or an option out of range.
         """
         check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
         rows = [torch.as_tensor(p, dtype=torch.long).tolist() for p in prompts]
         if not rows or not all(rows):
             raise ValueError('a prompt is empty: give at least one token')
+        if avoid is not None and len(avoid) != len(rows):
+            raise ValueError(f'avoid holds {len(avoid)} objects for {len(rows)} prompts: give one each')
         device = self.transformer.wte.weight.device
         stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
         dice = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
@@ -552,7 +629,16 @@ class GPT(nn.Module):
                     )
                 if step % 64 == 0:
                     chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(device)  # one number a token: (B, 64)
+                if avoid is not None:
+                    banned = torch.zeros(logits.shape, dtype=torch.bool)
+                    for row, watch in zip(banned, avoid):
+                        row[watch.banned()] = True
+                    logits = logits.masked_fill(banned.to(device), -math.inf)
                 tokens = draw(logits, chance[:, step % 64], temperature, top_k, top_p)
+                if avoid is not None:
+                    for watch, token, runs in zip(avoid, tokens.tolist(), running.tolist()):
+                        if runs:
+                            watch.push(token)
                 if repetition_penalty != 1:
                     seen.scatter_(1, tokens[:, None], True)
                 out = torch.where(running, tokens, -1)
@@ -619,59 +705,146 @@ class GPT(nn.Module):
         return self
 
     # -------------------------------------------------------------------------
-    # GPT-2's weights
+    # Hugging Face's GPT-2 and Qwen3
 
     @classmethod
+    @torch.no_grad()
     def from_pretrained(cls, source: str, dropout: float = 0.0) -> 'GPT':
-        """GPT-2's weights from a local folder (config.json, model.safetensors or pytorch_model.bin) or a hub name such as gpt2-xl.
+        """A GPT-2 or Qwen3 from a Hugging Face folder (config.json and one of WEIGHT_FILES) or one of GPT-2's names, in fp32.
 
-        Raises ValueError if the source is not a GPT-2 or cannot be had.
+        Raises ValueError if the source is neither, cannot be had, or computes something that our blocks do not.
         """
         folder = source if os.path.isdir(source) else _download_gpt2(source)
+        path = os.path.join(folder, 'config.json')
         try:
-            with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            with open(path, encoding='utf-8') as f:
                 hf = json.load(f)
-            if hf['model_type'] != 'gpt2':
-                raise ValueError(f'model_type is {hf["model_type"]!r}, expected gpt2')
-            shape = {
-                own: hf[theirs]
-                for own, theirs in (('block_size', 'n_positions'), *((k, k) for k in ('n_layer', 'n_head', 'n_embd', 'vocab_size')))
-            }
-            model = cls(GPTConfig(arch='gpt2', n_ff=hf.get('n_inner'), dropout=dropout, **shape))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{folder}/config.json: not the description of a GPT-2 ({type(error).__name__}: {error})') from None
-        path = next((p for n in GPT2_FILES if os.path.exists(p := os.path.join(folder, n))), '')
-        if not path:
-            raise ValueError(f'{folder}: neither {" nor ".join(GPT2_FILES)} is there')
-        try:
-            if path.endswith('.safetensors'):
-                from safetensors.torch import load_file
-
-                weights = load_file(path)
-            else:
-                weights = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as error:  # a damaged file can fail anywhere in the readers
-            raise ValueError(f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})') from None
+            kind, shape = hf.get('model_type'), _shape_of(hf)
+            where, weights = _open_weights(folder, kind)
+            if shape['n_layer'] > len(weights):
+                raise NotImplementedError(f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only')
+            with torch.device('meta'):
+                model = cls(GPTConfig(dropout=dropout, **shape))
+        except (NotImplementedError, BadWeights) as error:
+            raise ValueError(str(error) if isinstance(error, BadWeights) else f'{path}: {error}') from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f'{path}: not the description of a GPT-2 or Qwen3 ({type(error).__name__}: {str(error)[:100]})') from None
         own = model.state_dict()
-        for name, value in weights.items():
-            name = 'transformer.' + name.removeprefix('transformer.') if name != 'lm_head.weight' else name
-            if name.endswith(('.attn.bias', '.attn.masked_bias')):  # old files carry the causal mask
-                continue
-            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):  # GPT-2's Conv1D keeps matrices transposed
-                value = value.t()
-            if name not in own or own[name].shape != value.shape:
-                raise ValueError(f'{path}: {name} {tuple(value.shape)} does not fit a GPT-2 of this config.json')
-            own.pop(name).copy_(value)
-        if {'lm_head.weight', 'transformer.wte.weight'} - set(own):  # they are one matrix: either name brings it
-            own.pop('lm_head.weight', None), own.pop('transformer.wte.weight', None)
-        if own:
-            raise ValueError(f'{path}: lacks {sorted(own)[0]}')
+        if model.config.tie_weights:  # one matrix: either name brings it
+            del own['lm_head.weight']
+            if head := weights.pop('lm_head.weight', None):
+                weights.setdefault(hf_names('transformer.wte.weight', kind)[0], head)
+        read: dict[str, list[Callable[[], torch.Tensor]]] = {}
+        for name, p in own.items():  # all are checked before memory is taken
+            names = hf_names(name, kind)
+            for n, rows in zip(names, hf_rows(model.config, p.size(0), names)):
+                if n not in weights:
+                    raise ValueError(f'{where}: lacks {n}')
+                (found, one), wanted = weights.pop(n), (rows, *p.shape[1:])
+                if found != (wanted[::-1] if kind == 'gpt2' and is_conv1d(name) else wanted):
+                    raise ValueError(f'{where}: {n} is {found}, which does not fit the model of this config.json')
+                read.setdefault(name, []).append(one)
+        if weights:
+            raise ValueError(f'{where}: {min(weights)} has no place in the model of this config.json')
+        try:
+            model.materialize(torch.device('cpu'))
+        except RuntimeError as error:  # a context of 10^12, which no weight's shape tells
+            raise ValueError(f'{path}: the model does not fit in memory ({str(error)[:100]})') from None
+        for name, p in model.state_dict().items():
+            if name in read:
+                value = torch.cat([one() for one in read[name]])
+                p.copy_(value.t() if kind == 'gpt2' and is_conv1d(name) else value)
         return model
 
 
-def is_gpt2(source: str) -> bool:
-    """Is this one of GPT-2's names, or a folder with such weights (not a checkpoint of ours)?"""
-    return source in GPT2_NAMES or any(os.path.exists(os.path.join(source, name)) for name in GPT2_FILES)
+def is_pretrained(source: str) -> bool:
+    """Is this one of GPT-2's names, or a Hugging Face folder (not a checkpoint of ours)?"""
+    if source in GPT2_NAMES or any(os.path.exists(os.path.join(source, name)) for name in WEIGHT_FILES):
+        return True
+    try:
+        with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
+            return 'model_type' in json.load(f)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+class BadWeights(ValueError):
+    """A folder's weights are not there, or damaged."""
+
+
+def _shape_of(hf: dict[str, Any]) -> dict[str, Any]:
+    """GPTConfig's arguments from a config.json. Raises NotImplementedError, with the key's name, for what our blocks cannot compute."""
+    kind = hf.get('model_type')
+    if kind not in EXACTLY:
+        raise NotImplementedError(f'model_type is {kind!r}, expected gpt2 or qwen3')
+    rope = dict(hf.get('rope_parameters') or {})  # since transformers 5; before, theta stood by itself
+    theta = rope.pop('rope_theta', hf.get('rope_theta', 10000.0))
+    scaling = hf.get('rope_scaling') or rope
+    plain = scaling.get('rope_type', scaling.get('type', 'default')) == 'default' and scaling.get('partial_rotary_factor', 1) == 1
+    found = hf | {'rope_scaling': None if plain else scaling}
+    for key, values in EXACTLY[kind].items():
+        if found.get(key, values[0]) not in values:
+            raise NotImplementedError(f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}')
+    if kind == 'gpt2':
+        shape = {key: hf[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
+        shape |= {'arch': 'gpt2', 'block_size': hf['n_positions'], 'n_ff': hf.get('n_inner')}
+    else:
+        shape = {own: hf[key] for key, own in QWEN3_SHAPE.items() if key != 'head_dim'}
+        shape |= {'arch': 'modern', 'vocab_size': hf['vocab_size'], 'head_dim': hf.get('head_dim', 128), 'rope_theta': float(theta)}
+    return shape | {'tie_weights': bool(hf.get('tie_word_embeddings', kind == 'gpt2'))}
+
+
+def hf_names(name: str, kind: str) -> list[str]:
+    """What Hugging Face's model calls our weight `name`."""
+    if kind == 'gpt2' or name == 'lm_head.weight':
+        return [name]
+    prefix, own = 'model.', name.removeprefix('transformer.').removesuffix('.weight')
+    if own.startswith('h.'):
+        _, i, own = own.split('.', 2)
+        prefix = f'model.layers.{i}.'
+    return [f'{prefix}{theirs}.weight' for theirs in QWEN3_NAMES[own]]
+
+
+def hf_rows(config: GPTConfig, rows: int, names: Sequence[str]) -> list[int]:
+    """How many rows of one of our matrices belong to each of Hugging Face's `names`."""
+    if len(names) == 3:  # q, k, v
+        return [heads * (config.head_dim or 0) for heads in (config.n_head, config.n_kv_head or 0, config.n_kv_head or 0)]
+    return [rows // len(names)] * len(names)
+
+
+def is_conv1d(name: str) -> bool:
+    """Does Hugging Face's GPT-2 keep this matrix transposed?"""
+    return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+
+
+def _open_weights(folder: str, kind: str) -> tuple[str, dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]]:
+    """(path, {name: (shape, what reads it)}) of a Hugging Face folder's weights. Raises BadWeights if they are not there or damaged."""
+    path = next((p for n in WEIGHT_FILES if os.path.exists(p := os.path.join(folder, n))), '')
+    if not path:
+        raise BadWeights(f'{folder}: none of {", ".join(WEIGHT_FILES)} is there')
+    weights: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
+    try:
+        files = [os.path.basename(path)]
+        if path.endswith('.json'):
+            with open(path, encoding='utf-8') as f:
+                files = sorted(set(json.load(f)['weight_map'].values()))
+        for name in files:
+            if name.endswith('.bin'):
+                found = torch.load(os.path.join(folder, name), map_location='cpu', weights_only=True)
+                if not all(isinstance(key, str) for key in found):
+                    raise TypeError('its names are no text')
+                weights |= {key: (tuple(w.shape), w.clone) for key, w in found.items()}
+            else:
+                from safetensors import safe_open
+
+                file = safe_open(os.path.join(folder, name), 'pt')
+                weights |= {key: (tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)) for key in file.keys()}
+    except Exception as error:  # a damaged file can fail anywhere in the readers
+        raise BadWeights(f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})') from None
+    if kind == 'gpt2':  # files of the bare model lack the prefix, and old ones carry the causal mask
+        weights = {n if n == 'lm_head.weight' else 'transformer.' + n.removeprefix('transformer.'): w for n, w in weights.items()}
+        weights = {n: w for n, w in weights.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))}
+    return path, weights
 
 
 def _download_gpt2(name: str) -> str:
@@ -710,7 +883,7 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
 
     One uniform number a token makes a sample a function of its row's dice alone, whatever device or batch it is drawn in.
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # 0 is greedy; anything near it would overflow
         return logits.argmax(dim=-1)
     logits = logits / temperature
     order = None
@@ -720,11 +893,12 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
         logits, order = logits.sort(dim=-1, descending=True)
     p = logits.softmax(dim=-1)
     if top_p and top_p < 1:
-        p = torch.where(p.cumsum(dim=-1) - p < top_p, p, 0)  # the smallest set that reaches top_p (Holtzman et al. 2020)
+        p = torch.where(p.cumsum(dim=-1) - p < max(top_p, 1e-6), p, 0)  # the smallest set that reaches top_p (Holtzman et al. 2020)
     total = p.cumsum(dim=-1)
     at = torch.searchsorted(total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True).clamp(
         max=p.size(-1) - 1
     )
+    at = torch.where(p.gather(1, at) > 0, at, p.argmax(dim=-1, keepdim=True))  # a GPU's cumulative sum may round what cannot be into the draw
     return (at if order is None else order.gather(1, at))[:, 0]
 
 

@@ -25,7 +25,7 @@ def configure_optimizers(
     """
     config = model.config
     heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
-    splits = {'attn.c_attn.weight': [h * config.n_embd // config.n_head for h in heads]}
+    splits = {'attn.c_attn.weight': [h * (config.head_dim or 0) for h in heads]}
     if config.mlp == 'swiglu':
         splits['mlp.c_fc.weight'] = [config.n_ff or 0] * 2
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {'decay': [], 'plain': []}

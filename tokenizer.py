@@ -5,12 +5,14 @@
     python tokenizer.py decode --tokenizer=tokenizer.json 523 17 902           (or ids on stdin)
 
 A tokenizer is plain JSON (`state()`): the dataset's meta.json and the checkpoint both hold it, so a model never meets
-the wrong one. `--tokenizer=gpt2` needs no file of ours.
+the wrong one. `--tokenizer=gpt2` needs no file of ours. `to_hf()` and `load` speak Hugging Face's tokenizer.json too.
 """
 
 import argparse
 import codecs
 import functools
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -75,6 +77,22 @@ class Tokenizer:
         """All there is to know, as JSON-able values; `from_state` is the way back."""
         return {'kind': self.kind, 'vocab_size': self.vocab_size, 'lowercase': self.lowercase, 'squeeze': self.squeeze, **self._state()}
 
+    def fingerprint(self) -> str:
+        """The same for two tokenizers if every id means the same text to both."""
+        return hashlib.sha256(b''.join(f'{len(t)} '.encode() + t for t in map(self._token_bytes, range(self.vocab_size)))).hexdigest()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same tokenizer as Hugging Face's tokenizer.json. Its special tokens put `eot` before a text, where a document begins."""
+        from tokenizers import processors
+
+        engine = self._hf_engine()
+        if self.lowercase or self.squeeze:
+            engine.normalizer = hf_normalizer(self.lowercase, self.squeeze)
+        if self.eot is not None:
+            name = engine.id_to_token(self.eot)
+            engine.post_processor = processors.TemplateProcessing(f'{name} $A', f'{name} $A {name} $B', [(name, self.eot)])
+        return json.loads(engine.to_str())
+
     def save(self, path: str) -> None:
         """Write `state()` as JSON, whole or not at all."""
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
@@ -85,6 +103,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def _token_bytes(self, token: int) -> bytes:
+        raise NotImplementedError
+
+    def _hf_engine(self) -> Any:
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:
@@ -132,27 +153,45 @@ class CharTokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
 
+    def _hf_engine(self) -> Any:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Engine
+
+        # an unknown character is an error if UNK is no token, as here
+        engine = Engine(models.WordLevel({s: i for i, s in enumerate([*self.chars, *self.special])}, unk_token=UNK))
+        engine.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        engine.decoder = decoders.Fuse()
+        engine.add_special_tokens([AddedToken(s, normalized=False) for s in self.special])
+        return engine
+
     def _state(self) -> dict[str, Any]:
         return {'chars': self.chars, 'special': self.special}
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding trained on your own corpus, by the `tokenizers` library; any text round-trips exactly."""
+    """Byte-level byte-pair encoding trained on your own corpus, by the `tokenizers` library; any text round-trips exactly.
+
+    Also a foreign one from a Hugging Face tokenizer.json, whose document end may have another name than ours, `eot`.
+    """
 
     kind = 'bpe'
 
-    def __init__(self, model: str, **normalization: bool):
+    def __init__(self, model: str, eot: str = EOT, **normalization: bool):
         super().__init__(**normalization)
         from tokenizers import Tokenizer as Engine
 
         self._engine = Engine.from_str(model)
         self._engine.encode_special_tokens = True  # '<|endoftext|>' written in a song is text, not the song's end
-        self.vocab_size = self._engine.get_vocab_size()
-        self.eot = self._engine.token_to_id(EOT)
+        self._eot_name, self.eot = eot, self._engine.token_to_id(eot)
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        added = {token.content for token in self._engine.get_added_tokens_decoder().values()}  # plain text, not bytes in disguise
+        vocab = self._engine.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1  # foreign ones may leave ids out
         self._bytes = [b''] * self.vocab_size
-        for token, index in self._engine.get_vocab().items():
-            self._bytes[index] = token.encode() if token == EOT else bytes(byte_of[c] for c in token)
+        for token, index in vocab.items():
+            if token not in added and not all(c in byte_of for c in token):
+                raise UserError(f'its token {token!r} is not made of bytes; only byte-level BPE is read')
+            self._bytes[index] = token.encode() if token in added else bytes(byte_of[c] for c in token)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048, **normalization: bool) -> 'BPETokenizer':
@@ -187,8 +226,13 @@ class BPETokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
 
+    def _hf_engine(self) -> Any:
+        from tokenizers import Tokenizer as Engine
+
+        return Engine.from_str(self._engine.to_str())
+
     def _state(self) -> dict[str, Any]:
-        return {'model': json.loads(self._engine.to_str())}
+        return {'model': json.loads(self._engine.to_str())} | ({} if self._eot_name == EOT else {'eot': self._eot_name})
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -217,12 +261,77 @@ class GPT2Tokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         return self._engine.decode_single_token_bytes(token)
 
+    def fingerprint(self) -> str:  # known, so that its files need not be at hand
+        return '35e8dd34a8c31284992f25ec5b1a25869cb03d8c5498c72ca14a501c2c3f794a'
+
+    def _hf_engine(self) -> Any:
+        """tiktoken keeps no merges, but the order in which they were learned: a token's is that of the two parts to which the earlier ones bring it."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Engine
+
+        rank = {self._token_bytes(i): i for i in range(self.eot)}
+        printed = bytes_to_unicode()
+        text = {token: ''.join(printed[b] for b in token) for token in rank}
+        merges = []
+        for token in rank:
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                _, i = min((rank.get(a + b, self.eot), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:
+                merges.append((text[parts[0]], text[parts[1]]))
+        engine = Engine(models.BPE({text[token]: i for token, i in rank.items()} | {EOT: self.eot}, merges))
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens([AddedToken(EOT, normalized=False)])
+        return engine
+
 
 def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's printable character for each byte: itself where that is printable, else the next free one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(256) if b not in printable)
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def hf_normalizer(lowercase: bool, squeeze: bool) -> Any:
+    """`Tokenizer.normalize` in the `tokenizers` library's terms; its regular expressions are Oniguruma's."""
+    from tokenizers import Regex, normalizers
+
+    blanks = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and c != '\n')  # the engines' \s differ; none is higher
+    steps: list[Any] = []
+    if squeeze:
+        for pattern, text in ('\r\n?', '\n'), (f'[{blanks}]+', ' '), (' ?\n ?', '\n'), ('\n{3,}', '\n\n'), (r'\A +| +\z', ''):
+            steps.append(normalizers.Replace(Regex(pattern), text))
+    if lowercase:  # Python lowers a Greek word's last sigma to its final form, the library does not
+        cased, between = r'[\p{Cased}&&\P{Case_Ignorable}]', r'\p{Case_Ignorable}*'
+        steps.append(normalizers.Replace(Regex(f'{cased}{between}\\KΣ(?!{between}{cased})'), 'ς'))
+        steps.append(normalizers.Lowercase())
+    return normalizers.Sequence(steps)
+
+
+def from_hf(state: dict[str, Any], eot: str = EOT) -> Tokenizer:
+    """The tokenizer of a Hugging Face tokenizer.json: byte-level BPE, or characters as `to_hf` writes them.
+
+    `eot` is its document end if it has no <|endoftext|>. Raises UserError for another kind, or the library's errors for a damaged one.
+    """
+    engine = state | {'post_processor': None, 'truncation': None, 'padding': None}
+    normalization: dict[str, bool] = {}
+    for lowercase, squeeze in (True, False), (False, True), (True, True):
+        if state.get('normalizer') == json.loads(hf_normalizer(lowercase, squeeze).__getstate__()):
+            engine['normalizer'], normalization = None, {'lowercase': lowercase, 'squeeze': squeeze}
+    added = sorted((token['id'], token['content']) for token in state['added_tokens'])
+    vocab: dict[str, int] = state['model']['vocab']
+    if state['model'].get('type', 'BPE') == 'BPE':
+        name = EOT if EOT in vocab or EOT in [content for _, content in added] else eot
+        return BPETokenizer(json.dumps(engine), name, **normalization)
+    if state['model']['type'] == 'WordLevel':
+        symbols = sorted(vocab, key=lambda s: vocab[s])
+        found = CharTokenizer(''.join(symbols[: len(symbols) - len(added)]), [content for _, content in added], **normalization)
+        theirs = found.to_hf()
+        if all(theirs[part] == state.get(part) for part in ('model', 'pre_tokenizer', 'normalizer')):
+            return found
+    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or characters as export.py writes them')
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -232,7 +341,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
         if state['kind'] == 'char':
             return CharTokenizer(state['chars'], state['special'], **normalization)
         if state['kind'] == 'bpe':
-            return BPETokenizer(json.dumps(state['model']), **normalization)
+            return BPETokenizer(json.dumps(state['model']), state.get('eot', EOT), **normalization)
         if state['kind'] == 'gpt2':
             return GPT2Tokenizer(**normalization)
     except KeyError as error:
@@ -245,19 +354,73 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
 
 
 def load(path: str) -> Tokenizer:
-    """Read a tokenizer that `save` wrote, or the one in a dataset's meta.json; the word gpt2 is enough for GPT-2's."""
+    """Read a tokenizer that `save` wrote, the one in a dataset's meta.json, or a Hugging Face tokenizer.json, or vocab.json with merges.txt beside it.
+
+    The word gpt2 is enough for GPT-2's. Raises UserError.
+    """
     if path == 'gpt2':
         return GPT2Tokenizer()
     try:
         with open(path, encoding='utf-8') as f:
             state = json.load(f)
-        return from_state(state.get('tokenizer', state))
+        older = os.path.basename(path) == 'vocab.json'
+        if not older and ('kind' in state or 'tokenizer' in state or 'model' not in state):
+            return from_state(state.get('tokenizer', state))
+        beside: dict[str, Any] = {}
+        for name in 'special_tokens_map.json', 'tokenizer_config.json':
+            if os.path.exists(file := os.path.join(os.path.dirname(path), name)):
+                with open(file, encoding='utf-8') as f:
+                    beside |= json.load(f)
+        eos = beside.get('eos_token')
+        eos = (eos.get('content') if isinstance(eos, dict) else eos) or EOT
+        return from_hf(from_vocab(path, eos, bool(beside.get('add_prefix_space'))) if older else state, eos)
     except FileNotFoundError:
         raise UserError(f'{path}: no such file; `python tokenizer.py train FILE… --out={path}` makes one') from None
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
     except Exception as error:  # a foreign or damaged file may fail in the JSON or deep in the library
         raise UserError(f'{path}: not a tokenizer file ({type(error).__name__}: {str(error)[:80]})') from None
+
+
+def from_vocab(path: str, eot: str, add_prefix_space: bool = False) -> dict[str, Any]:
+    """The tokenizer.json of GPT-2's older two files: `path` is the vocab.json, merges.txt stands beside it."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Engine
+
+    engine = Engine(models.BPE.from_file(path, os.path.join(os.path.dirname(path), 'merges.txt')))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space), decoders.ByteLevel()
+    if engine.token_to_id(eot) is not None:
+        engine.add_special_tokens([AddedToken(eot, normalized=False)])
+    return json.loads(engine.to_str())
+
+
+def file_of_pretrained(source: str) -> str:
+    """The file that holds the tokenizer of a Hugging Face folder; '' if there is none."""
+    paths = [os.path.join(source, name) for name in ('tokenizer.json', 'vocab.json', 'merges.txt')]
+    found = next((p for p in paths if os.path.exists(p)), '')
+    return paths[1] if found == paths[2] else found  # one of two: it is missed by name
+
+
+def of_pretrained(source: str) -> Tokenizer:
+    """The tokenizer of a Hugging Face model, a folder or one of GPT-2's names: its tokenizer.json, or vocab.json and merges.txt, else GPT-2's.
+
+    Raises UserError if the folder's is damaged, or cannot be that of its model.
+    """
+    if not os.path.isdir(source):
+        return GPT2Tokenizer()
+    path = os.path.join(source, 'config.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            size = int(json.load(f)['vocab_size'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: not the description of a model ({type(error).__name__}: {error})') from None
+    path = file_of_pretrained(source)
+    if not path and not GPT2Tokenizer.vocab_size <= size <= 50304:  # nanoGPT pads to a multiple of 64
+        raise UserError(f"{os.path.join(source, 'tokenizer.json')}: no such file, and {size} tokens are not GPT-2's; add the tokenizer of this model")
+    tokenizer = load(path) if path else GPT2Tokenizer()
+    if tokenizer.vocab_size > size:
+        raise UserError(f'{path}: has {tokenizer.vocab_size} tokens, but the model beside it {size}: it belongs to another')
+    return tokenizer
 
 
 def read_lines(paths: Sequence[str]) -> Iterator[str]:

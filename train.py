@@ -36,12 +36,13 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
-from dataset import Split, bytes_per_token, read_tokenizer
+from dataset import Split, bytes_per_token, folder_of, read_meta, read_tokenizer
 from log import Log
-from model import GPT, GPTConfig, can_compile, fast_bf16, is_gpt2, is_sharded, local, matmul_ceiling, pick_dtype, put
+from model import GPT, GPT2_NAMES, GPTConfig, can_compile, fast_bf16, is_pretrained, is_sharded, local, matmul_ceiling, pick_dtype, put
 from optimizer import configure_optimizers
+from originality import Index
 from parallel import Team, lost_contact, shard, shares
-from tokenizer import CharTokenizer, Tokenizer
+from tokenizer import CharTokenizer, Tokenizer, file_of_pretrained, of_pretrained
 
 
 @dataclass
@@ -50,7 +51,7 @@ class TrainConfig:
     out_dir: str = 'out'  # checkpoints, metrics.csv, train.log and config.json go here
     dataset: str = 'openwebtext'  # a folder, or a name under data/
     prepare: str = ''  # the script and options that make the dataset, if they are not data/<dataset>/prepare.py
-    init_from: str = 'scratch'  # scratch, resume, gpt2 … gpt2-xl, or a checkpoint to fine-tune; auto (or auto:gpt2 …): resume if there is something to
+    init_from: str = 'scratch'  # scratch, resume; or tune gpt2 … gpt2-xl, a Hugging Face folder, a checkpoint; auto (or auto:gpt2 …): resume if it can
     # Model (see model.py); None leaves it to arch
     arch: Literal['modern', 'gpt2'] = 'modern'  # RoPE, RMSNorm, QK-norm, SwiGLU; or GPT-2 as it was
     n_layer: int = 12  # blocks
@@ -60,6 +61,7 @@ class TrainConfig:
     dropout: float = 0.0  # 0 is good for big data, 0.1 and more for small data seen many times
     bias: bool = False  # biases in linear layers and LayerNorms
     n_kv_head: int | None = None  # key and value heads (grouped-query attention); None: n_head
+    head_dim: int | None = None  # width of a head; None: n_embd / n_head
     n_ff: int | None = None  # width inside the MLP
     position: Literal['learned', 'rope', 'sinusoidal'] | None = None  # how the model knows where a token stands
     norm: Literal['layernorm', 'rmsnorm'] | None = None  # which normalization
@@ -93,6 +95,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between samples written into the log, taken at evaluations; 0 is off
     sample_start: str = ''  # what those samples continue; '': the beginning of a document
+    originality: bool = False  # beside each of those samples, how much of it stands in the training split (see originality.py)
     wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = 'lyregpt'  # the project there
     wandb_run_name: str | None = None  # the run's name there; None: out_dir
@@ -134,6 +137,8 @@ class TrainConfig:
             raise ValueError('dtype=float16 does not go with parallel=fsdp: use bfloat16')
         if self.cpu_offload and (self.parallel != 'fsdp' or self.sample_interval):
             raise ValueError('cpu_offload=True needs parallel=fsdp, and sample_interval=0')
+        if self.originality and not self.sample_interval:
+            raise ValueError('originality=True tells about the samples in the log: it needs a sample_interval')
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size: int) -> GPTConfig:
@@ -189,15 +194,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if auto == 'auto' or team.restarted:
         otherwise = (otherwise or 'scratch') if auto == 'auto' else config.init_from
         config = with_knobs(config, {'init_from': 'resume' if team.told(resumable) else otherwise})
+    began_from = config.init_from  # of a resumed run, too: what its first steps began from
     if config.init_from == 'resume':
         source, state = read(config.out_dir, best=False)
         if main and not config.eval_only:
             checkpoint.set_aside_damaged(config.out_dir, source)
         config = resume_config(config, state, source)
         before = state.get('config', {})
+        began_from = state.get('meta', {}).get('began_from', before.get('init_from'))
         names = [n for n in sorted(given(config) - set(MACHINE_KNOBS)) if n in before and before[n] != getattr(config, n)]
         changes = ', '.join(f'{n}={getattr(config, n)} (was {before[n]})' for n in names)
-    elif config.init_from != 'scratch' and not is_gpt2(config.init_from):
+    elif config.init_from != 'scratch' and not is_pretrained(config.init_from):
+        if not os.path.exists(config.init_from):
+            raise UserError(f'init_from={config.init_from}: no such folder or file, and none of scratch, resume, auto, {", ".join(GPT2_NAMES)}')
         source, state = read(config.init_from, best=True)
     folder = prepared_folder(config, team)
     tokenizer = read_tokenizer(folder)
@@ -206,8 +215,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
             f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}'
         )
-    if is_gpt2(config.init_from) and tokenizer.kind != 'gpt2':
-        raise UserError(f"{folder} has {tokenizer.kind} tokens, but {config.init_from} reads GPT-2's: prepare it with --tokenizer=gpt2")
+    if is_pretrained(config.init_from) and tokenizer.fingerprint() != (theirs := of_pretrained(config.init_from)).fingerprint():
+        name = 'gpt2' if theirs.kind == 'gpt2' else file_of_pretrained(config.init_from)
+        raise UserError(
+            f'{folder} has {tokenizer.vocab_size:,} {tokenizer.kind} tokens, which are not those of {config.init_from}: prepare it with --tokenizer={name}'
+        )
 
     torch.manual_seed(config.seed)
     try:
@@ -288,7 +300,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     }
     val_split = Split(folder, 'val', block_size, model.config.vocab_size)
     n_tokens = sum(s.n_tokens for s in train_splits.values()) * config.shard_groups // len(train_splits)
-    ratio = bytes_per_token(folder)
+    ratio, splits = bytes_per_token(folder), read_meta(folder).get('splits', {})
     pool = ThreadPoolExecutor(1)  # reads the next batch while the GPU works on this one
 
     def load_batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,6 +383,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if config.init_from == 'resume':
         say(f'resuming {source} at step {step:,}' + (f', with {changes}' if changes else ''))
+    indexes: list[Index] = []
+    if config.originality and not config.eval_only:
+        team.told(lambda: indexes.append(Index.open(folder)))
     ceiling = matmul_ceiling(device, dtype)
 
     @torch.no_grad()
@@ -415,7 +430,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             'best_val_loss': best_val_loss,
             'config': dataclasses.asdict(config),
             'tokenizer': tokenizer.state(),
-            'meta': {'bytes_per_token': ratio},
+            'meta': {'bytes_per_token': ratio, 'splits': splits, 'began_from': began_from},
             'optimizer': {k: o.state_dict() for k, o in optimizers.items()},
             'scaler': scaler.state_dict(),
             'bad_evals': bad_evals,
@@ -536,7 +551,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if better or config.always_save_checkpoint:
                     save(best=better)
                 if config.sample_interval and step % config.sample_interval == 0 and (main or fsdp):
-                    say(write_sample(model, tokenizer, config.sample_start))
+                    say(write_sample(model, tokenizer, config.sample_start, index=indexes[0] if indexes else None))
                 outcome = enough()
                 last_log = time.perf_counter()
                 if team.size == 1:
@@ -772,7 +787,7 @@ def time_to_evaluate(model: GPT, split: Split, rows: int, autocast: Any) -> floa
 
 def prepared_folder(config: TrainConfig, team: Team) -> str:
     """The dataset's folder, made first by its prepare.py if that works without network. Raises UserError that names the command."""
-    folder = config.dataset if os.path.isdir(config.dataset) else os.path.join('data', config.dataset)
+    folder = folder_of(config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
     if not any(
         name.startswith('train') or '_train_' in name
@@ -840,12 +855,13 @@ def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[st
                     values[key] = value[: p.size(0)].clone()
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200) -> str:
-    """A short text by the model as it is now; draws nothing from training's dice."""
+def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200, index: Index | None = None) -> str:
+    """A short text by the model as it is now, and with `index` how new it is; draws nothing from training's dice."""
     known = ''.join(c for c in start if not isinstance(tokenizer, CharTokenizer) or c in tokenizer.chars)
-    prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(known) or [0]
-    ids = [int(t) for t in model.generate([prompt], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size)]
-    return '--- sample\n' + known + tokenizer.decode(ids) + '\n---'
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    ids = [int(t) for t in model.generate([end + tokenizer.encode(known) or [0]], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, stop_tokens=end)]
+    text = known + tokenizer.decode(ids[:-1] if ids[-1:] == end else ids)
+    return '--- sample\n' + text + '\n---' + (f' {index.compare(text, since=len(known))}' if index else '')
 
 
 def catch_signals(asked: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ VARIANTS = [
     dict(arch='gpt2'),
     dict(arch='gpt2', bias=False),
     dict(arch='modern'),
-    dict(arch='modern', n_kv_head=2),
+    dict(arch='modern', n_kv_head=2, head_dim=12),
     dict(arch='modern', n_kv_head=1, tie_weights=True),
     dict(arch='modern', mlp='relu2', norm='layernorm'),
     dict(arch='modern', position='sinusoidal', qk_norm=False),

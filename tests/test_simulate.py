@@ -16,7 +16,12 @@ from simulate import Run, errors, flops_per_token, memory, num_params, ring_byte
 LLAMA = dict(arch='modern', n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_ff=2816, vocab_size=32000)
 
 
-@pytest.mark.parametrize('run, config', [(Run(), GPTConfig()), (Run(**LLAMA, swiglu=True, tie_weights=False), GPTConfig(**LLAMA))])
+WIDE = LLAMA | dict(head_dim=96)
+
+
+@pytest.mark.parametrize(
+    'run, config', [(Run(), GPTConfig()), *((Run(**shape, swiglu=True, tie_weights=False), GPTConfig(**shape)) for shape in (LLAMA, WIDE))]
+)
 def test_counts_are_the_models_own(run, config):
     with torch.device('meta'):
         model = GPT(config)

@@ -272,6 +272,7 @@ def test_best_weights_cannot_be_resumed(chars, trained, tmp_path):
         (['--device=tpu'], 'device=tpu'),
         (['--dataset=nowhere'], 'nowhere'),
         (['--init_from=nowhere'], 'nowhere: no such folder'),
+        (['--init_from=gpt3'], 'none of scratch, resume, auto, gpt2, gpt2-medium'),
         (['--init_from=resume'], 'no such folder or file; train'),
         (['--batch_size=0'], 'batch_size=0'),
         (['--block_size=100000'], 'fewer than one window'),

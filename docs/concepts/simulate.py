@@ -41,6 +41,7 @@ class Run:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0  # 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
     n_embd: int = 768
     n_ff: int = 0  # 0: 4 n_embd
     swiglu: bool = False  # a gated MLP: its first matrix is twice as wide
@@ -69,7 +70,8 @@ class Run:
     inter_gbps: float = 0  # network, a node and direction
 
     def __post_init__(self) -> None:
-        for key, value in {**GPUS[self.gpu], 'share': SHARE[self.gpu[0]], 'n_kv_head': self.n_head, 'n_ff': 4 * self.n_embd}.items():
+        shape = {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head, 'n_ff': 4 * self.n_embd}
+        for key, value in {**GPUS[self.gpu], 'share': SHARE[self.gpu[0]], **shape}.items():
             setattr(self, key, getattr(self, key) or value)
         if self.gpus < 1 or self.micro_batch < 1 or self.tokens_per_step < self.gpus * self.block_size:
             raise ValueError(
@@ -83,12 +85,12 @@ class Run:
 
 def block_matrices(r: Run) -> list[tuple[int, int]]:
     """The matrices of a block as Muon sees them, (rows, columns): q, k and v, and the two halves of a gated MLP, each by itself."""
-    kv = r.n_embd // r.n_head * r.n_kv_head
+    q, kv = r.n_head * r.head_dim, r.n_kv_head * r.head_dim
     return [
-        (r.n_embd, r.n_embd),
+        (q, r.n_embd),
         (kv, r.n_embd),
         (kv, r.n_embd),
-        (r.n_embd, r.n_embd),
+        (r.n_embd, q),
         *[(r.n_ff, r.n_embd)] * (1 + r.swiglu),
         (r.n_embd, r.n_ff),
     ]
@@ -97,7 +99,7 @@ def block_matrices(r: Run) -> list[tuple[int, int]]:
 def num_params(r: Run) -> dict[str, int]:
     """Parameters of all blocks' matrices, of the rest of the blocks, and outside them: as model.GPT has them."""
     matrices = block_matrices(r)
-    small = 2 * r.n_embd + 2 * r.n_embd // r.n_head if r.arch == 'modern' else 4 * r.n_embd + sum(rows for rows, _ in matrices)
+    small = 2 * r.n_embd + 2 * r.head_dim if r.arch == 'modern' else 4 * r.n_embd + sum(rows for rows, _ in matrices)
     table, end = r.vocab_size * r.n_embd, r.n_embd * (1 if r.arch == 'modern' else 2)
     return {
         'matrices': r.n_layer * sum(a * b for a, b in matrices),
@@ -107,12 +109,12 @@ def num_params(r: Run) -> dict[str, int]:
 
 
 def flops_per_token(r: Run) -> int:
-    """6 N + 12 L C T, as model.GPT.flops_per_token: N without the tables that are only looked up.
+    """6 N + 12 L H D T, as model.GPT.flops_per_token: N without the tables that are only looked up.
 
     Attention counts in full: flash attention skips the masked half and reaches about half the speed of a plain product.
     """
     looked_up = (0 if r.arch == 'modern' else r.block_size * r.n_embd) + (0 if r.tie_weights else r.vocab_size * r.n_embd)
-    return 6 * (sum(num_params(r).values()) - looked_up) + 12 * r.n_layer * r.n_embd * r.block_size
+    return 6 * (sum(num_params(r).values()) - looked_up) + 12 * r.n_layer * r.n_head * r.head_dim * r.block_size
 
 
 def streamed_bytes(r: Run) -> tuple[float, float]:
@@ -122,10 +124,10 @@ def streamed_bytes(r: Run) -> tuple[float, float]:
     writes the stream and the norm; the activation; RoPE with QK-norm; the logits go through fp32 once and come back as gradients.
     Eager: casts, sums and norms are kernels of their own, and softmax and loss pass over fp32 logits once more each.
     """
-    b, kv = (2 if r.precision == 'bfloat16' else 4), r.n_embd // r.n_head * r.n_kv_head
+    b, q, kv = (2 if r.precision == 'bfloat16' else 4), r.n_head * r.head_dim, r.n_kv_head * r.head_dim
     norms = 2 * r.n_embd * (8 + 2 * b) if r.code == 'fused' else 2 * r.n_embd * (20 + 2 * b)
     logits = r.vocab_size * (4 + b) if r.code == 'fused' else r.vocab_size * (12 + b)
-    turned = (r.n_embd + kv) * b if r.arch == 'modern' else 0
+    turned = (q + kv) * b if r.arch == 'modern' else 0
     forward = r.n_layer * (norms + (3 if r.swiglu else 2) * r.n_ff * b + 2 * turned) + logits
     backward = r.n_layer * (norms + (5 if r.swiglu else 3) * r.n_ff * b + 3 * turned) + logits
     return forward, backward
@@ -214,10 +216,10 @@ def memory(r: Run) -> dict[str, float]:
         copies = b * (2 * block + params['outside']) + 4 * (block + params['outside'])
     else:  # autocast's casts of the matrices, and DDP's buckets
         copies = (b * (params['matrices'] + r.vocab_size * r.n_embd) if b == 2 else 0) + (4 * total if r.gpus > 1 else 0)
-    kv = r.n_embd // r.n_head * r.n_kv_head
+    q, kv = r.n_head * r.head_dim, r.n_kv_head * r.head_dim
     # A layer keeps for the backward pass: two fp32 residuals, two norms' outputs, q, k, v (again turned), attention's output, the MLP's insides
-    turned = r.n_embd + kv if r.arch == 'modern' else 0
-    layer = 2 * 4 * r.n_embd + b * (2 * r.n_embd + r.n_embd + 2 * kv + turned + r.n_embd + (3 if r.swiglu else 2) * r.n_ff) + 4 * r.n_head
+    turned = q + kv if r.arch == 'modern' else 0
+    layer = 2 * 4 * r.n_embd + b * (2 * r.n_embd + q + 2 * kv + turned + q + (3 if r.swiglu else 2) * r.n_ff) + 4 * r.n_head
     tokens = min(r.micro_batch, math.ceil(r.tokens_per_step / r.gpus / r.block_size)) * r.block_size
     kept = 4 * r.n_embd * r.n_layer + layer if r.remat else layer * r.n_layer
     chunk = min(tokens, max(64, 2**27 // r.vocab_size))  # as in model.LinearCrossEntropy
