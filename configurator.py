@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 def run(main: Callable[[], Any]) -> None:
     """Call `main()` as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
-    for stream in (sys.stdout, sys.stderr):  # Windows' default encoding lacks most of what a model may write
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Windows' default encoding lacks most of what a model may write
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding='utf-8', errors='replace')
     try:
@@ -130,13 +130,13 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
     return {check_name(k, types_, '', f'{path}: '): convert(f'{path}: {k}', types_[k], v) for k, v in found.items()}
 
 
-def check_name(key: str, known: typing.Iterable[str], dashes: str = '', where: str = '') -> str:
+def check_name(key: str, known: typing.Iterable[str], dashes: str = '', where: str = '', kind: str = 'knob', see: str = '--help') -> str:
     """`key` itself if it is known; else UserError with the nearest known name."""
     if key in known:
         return key
-    near = difflib.get_close_matches(str(key), list(known), 1, cutoff=0.5)
+    near = [k for k in known if key and k.startswith(str(key))] or difflib.get_close_matches(str(key), list(known), 1, cutoff=0.5)
     hint = f'; did you mean {dashes}{near[0]}?' if near else ''
-    raise UserError(f'{where}unknown knob {dashes}{key}{hint} (--help lists all)')
+    raise UserError(f'{where}unknown {kind} {dashes}{key}{hint} ({see} lists all)')
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:

@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-darklyrics
     python sample.py --out_dir=out-darklyrics --artist="Griddlemoth" --title="Ash in the Butter"
     python sample.py --out_dir=out-darklyrics --start="The rain" --num_samples=5 --temperature=0.9
+    python sample.py --out_dir=out-darklyrics --originality --avoid_copying=5
     python sample.py --out_dir=out-darklyrics --interactive
 
 The first sample streams to the terminal while it is written; all samples are written as one batch, each with its own
@@ -13,8 +14,10 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py, but writing has more and shorter pauses
 
@@ -23,15 +26,16 @@ import torch
 import checkpoint
 from configurator import UserError, configure, run
 from dataset import song_head
-from model import GPT, can_compile, check_sampling, pick_device, pick_dtype
-from tokenizer import GPT2Tokenizer, Tokenizer
+from model import GPT, can_compile, check_sampling, is_pretrained, pick_device, pick_dtype
+from originality import Avoid, Index, index_of
+from tokenizer import Tokenizer, of_pretrained
 
 
 @dataclass
 class SampleConfig:
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
-    init_from: str = 'resume'  # resume: the model in out_dir; or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a Hugging Face folder (GPT-2, Qwen3; export.py makes them)
     # What to continue
     start: str = ''  # the text to continue, or FILE:prompt.txt; '': the beginning of a new document
     artist: str = ''  # for a model of lyrics: a song in the manner of this artist
@@ -46,9 +50,13 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: tokens that already stand in the text become less likely
     stop_at_end: bool = True  # stop where the model ends the document; False: go on with another one
     seed: int = 1337  # sample i is drawn with seed + i
+    # Is it new
+    originality: bool = False  # after each sample, how much of it stands in the training split (see originality.py); json: offsets into prompt + text
+    avoid_copying: int | None = None  # never write so many words in a row that stand in the training split; 0 is off, else at least 2
+    dataset: str = ''  # where that training split is: a folder, or a name under data/; '': where it was when the model was trained
     # How to show it
     json: bool = False  # one JSON object a line and sample, and nothing else
-    interactive: bool = False  # ask for a start again and again
+    interactive: bool = False  # write at a prompt, one text after another; /help there lists what it can do
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
@@ -61,19 +69,33 @@ class SampleConfig:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens)
         if self.num_samples < 1:
             raise ValueError(f'num_samples={self.num_samples}: expected at least 1')
+        if abs(self.seed) >= 2**62:
+            raise ValueError(f'seed={self.seed}: expected a number below 2 to the power of 62')
+        if self.json and self.interactive:
+            raise ValueError('json and interactive exclude each other: leave one out')
+        if self.avoid_copying and self.avoid_copying < 2:
+            raise ValueError(f'avoid_copying={self.avoid_copying}: expected 0 (off) or at least 2 words')
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, ready to write, and its tokenizer. Raises UserError."""
+    return load_trained(config)[:2]
+
+
+def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model, ready to write, its tokenizer, and what else its checkpoint says ({} for GPT-2's). Raises UserError."""
     try:
         device = pick_device(config.device)
-        path = ''
+        path, about = '', {}
         if config.init_from == 'resume':
             path, state = checkpoint.load_from(config.out_dir)
             model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)
-            del state  # with the optimizer's
+            about = {k: v for k, v in state.items() if k not in ('model', 'optimizer')}
+            del state
         else:
-            model, tokenizer = GPT.from_pretrained(config.init_from), GPT2Tokenizer()
+            if os.path.exists(config.init_from) and not is_pretrained(config.init_from) and checkpoint.candidates(config.init_from):
+                raise UserError(f'init_from={config.init_from}: this is a checkpoint of ours: --out_dir={config.init_from}')
+            model, tokenizer = GPT.from_pretrained(config.init_from), of_pretrained(config.init_from)
         # writing one token reads every weight once: half the bytes, twice the speed; int8 weights on a CPU want float32 beside them
         large = model.num_params() > 20_000_000 and not config.quantize
         dtype = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large)
@@ -87,7 +109,7 @@ def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         raise UserError(str(error)) from None
     kind = f'{str(dtype).removeprefix("torch.")}{f", {config.quantize} weights" if config.quantize else ""}'
     print(f'{path or config.init_from}: {size:,} parameters, {device.type}, {kind}', file=sys.stderr)
-    return model, tokenizer
+    return model, tokenizer, about
 
 
 def prompt_text(config: SampleConfig) -> str:
@@ -102,12 +124,24 @@ def prompt_text(config: SampleConfig) -> str:
     return song_head(config.artist, config.album, '', config.title) + start
 
 
-def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Print `num_samples` continuations of the prompt, the first one as it comes."""
-    text = prompt_text(config)
-    prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins behind the end of another
-    prompt = prompt or tokenizer.encode('\n')
-    stream = model.generate(
+def begin(
+    model: GPT,
+    tokenizer: Tokenizer,
+    config: SampleConfig,
+    text: str | None = None,
+    prompt: list[int] | None = None,
+    training: Callable[[], Index] | None = None,
+) -> tuple[str, list[int], Iterator[torch.Tensor]]:
+    """The prompt, its ids, and the ids that continue it, (num_samples,) at a time. Raises UserError.
+
+    The prompt is what the knobs ask for, or `text`, whose ids `prompt` may tell: a document end in it is no text. `training()` gives
+    the index of the training split; `avoid_copying` needs it.
+    """
+    text = prompt_text(config) if text is None else text
+    if prompt is None:
+        prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins behind the end of another
+        prompt = prompt or tokenizer.encode('\n')
+    return text, prompt, model.generate(
         [prompt] * config.num_samples,
         config.max_new_tokens,
         temperature=config.temperature,
@@ -118,7 +152,14 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         vocab_size=tokenizer.vocab_size,
         stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [],
         compile=config.compile,
+        avoid=[Avoid(training(), tokenizer, config.avoid_copying, text) for _ in range(config.num_samples)] if training and config.avoid_copying else None,
     )
+
+
+def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Callable[[], Index] | None = None) -> None:
+    """Print `num_samples` continuations of the prompt, the first one as it comes. `training()` is as in `begin`; `originality` needs it too."""
+    index = training() if training and config.originality else None  # built, if need be, before the first word
+    text, _, stream = begin(model, tokenizer, config, training=training)
     rows: list[list[int]] = [[] for _ in range(config.num_samples)]
     decode = tokenizer.stream_decoder()
     if not config.json:
@@ -134,34 +175,26 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     for i, row in enumerate(rows):
         ended = config.stop_at_end and bool(row) and row[-1] == tokenizer.eot
         written = tokenizer.decode(row[:-1] if ended else row)
+        found = index.compare(text + written, since=len(text)) if index else None
         if config.json:
-            print(
-                json.dumps(
-                    {'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended},
-                    ensure_ascii=False,
-                )
-            )
-        elif i:
+            told = {'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended}
+            print(json.dumps(told | ({'originality': dataclasses.asdict(found)} if found else {}), ensure_ascii=False))
+            continue
+        if i:
             print(f'{"-" * 40}\n{text}{written}')
+        if found:
+            print(found)
 
 
 def main() -> None:
     config = configure(SampleConfig, description='Write text with a trained model.')
-    model, tokenizer = load_model(config)
+    model, tokenizer, about = load_trained(config)
+    training = cache(lambda: index_of(about.get('config', {}), config.dataset))
     if not config.interactive:
-        return write(model, tokenizer, config)
-    print('Type a start and Enter; an empty line begins from nothing; Ctrl-D ends.', file=sys.stderr)
-    while True:
-        try:
-            config = dataclasses.replace(config, start=input('> '), num_samples=1, seed=config.seed + 1)
-        except EOFError:
-            return print()
-        try:
-            write(model, tokenizer, config)
-        except UserError as error:  # a character the model does not know ends nothing
-            print(error, file=sys.stderr)
-        except KeyboardInterrupt:  # Ctrl-C ends this text, not the program
-            print()
+        return write(model, tokenizer, config, training)
+    import interactive  # only here: its library takes a while to load
+
+    interactive.Session(config, tokenizer, partial(begin, model, tokenizer, training=training), training).run()
 
 
 if __name__ == '__main__':
