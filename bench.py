@@ -5,12 +5,14 @@
     python bench.py --mode=train --peer=../nanoGPT                        (GPT-2's 124M, one step of 1 × 1024 tokens)
     python bench.py --mode=sample --peer=../nanoGPT --batch=16 --tokens=200
     python bench.py --mode=sample --peer=transformers
+    python bench.py --mode=serve --out_dir=out-darklyrics                 (serve.py with 1, 8 and 64 clients, beside generate's one text after another)
 
 Every figure comes from a process of its own. With --peer, ours and theirs run in turn (A B A B …) and the table gives
 medians, the range, and the ratio pair by pair: on a noisy machine the ratios hold where the seconds do not. Before each
 run the speed of a matrix product is taken; where that, or a ratio, varied by more than half, the table says so.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -36,13 +38,15 @@ SHAPES = {
 
 @dataclass
 class BenchConfig:
-    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'save', 'scaling', 'ceiling', 'start'] = 'all'  # what is measured
+    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'save', 'scaling', 'serve', 'ceiling', 'start'] = 'all'  # what is measured
     peer: str = ''  # a nanoGPT checkout to measure beside; for sample also: transformers
     rounds: int = 3  # times that each side runs
     input: str = ''  # for loss and data: a text (for loss Tiny Shakespeare's), if it is not prepared or cannot be downloaded
     dataset: str = ''  # for tokens: a folder with train.bin and val.bin of GPT-2's tokens
     target: float | None = None  # for loss: the validation loss over the whole split; None: 1.88 on a CPU, 1.4697 on a GPU (nanoGPT's)
-    tokens: int = 300  # for sample: new tokens
+    out_dir: str = 'out-darklyrics'  # for serve: the trained model
+    seconds: float = 20  # for serve: how long clients go on asking
+    tokens: int = 300  # for sample and serve: new tokens
     batch: int | None = None  # windows or samples at once; None: 1, and 16 windows for train on a GPU
     size: Literal['small', 'gpt2'] = 'gpt2'  # for train, memory and sample: nanoGPT's CPU size, or GPT-2's 124M; random weights: values change no speed
     arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train, memory and save: the peer's model with AdamW, or our defaults with Muon
@@ -512,6 +516,125 @@ def measure_scaling(table: Table, config: BenchConfig, device: str) -> None:
             table.measure(title, config.rounds, lambda: steps(size, context, processes, parallel))
 
 
+GENERATE_ONE_BY_ONE = """
+import sample
+model, tokenizer = sample.load_model(sample.SampleConfig(out_dir=out_dir, device=device, dtype=dtype, quantize=quantize))
+written, firsts, started = 0, [], time.perf_counter()
+while time.perf_counter() - started < seconds:
+    for request in asked:
+        prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(request['prompt'])
+        stop = [] if tokenizer.eot is None else [tokenizer.eot]
+        asked_at, ids = time.perf_counter(), []
+        for tokens in model.generate([prompt], request['max_tokens'], seed=request['seed'], vocab_size=tokenizer.vocab_size, stop_tokens=stop):
+            ids.append(int(tokens[0]))
+            if len(ids) == 1:
+                firsts.append(time.perf_counter() - asked_at)
+        written += len(ids)
+        if time.perf_counter() - started > seconds:
+            break
+result = {'tokens_per_s': written / (time.perf_counter() - started), 'first_token_ms': 1e3 * sorted(firsts)[len(firsts) // 2]}
+"""
+
+
+async def ask(port: int, fields: dict[str, Any]) -> tuple[str, int, list[float]]:
+    """One streamed completion: its text, its tokens, and when its pieces came. Raises OSError for any answer but a whole one."""
+    reader, writer = await asyncio.open_connection('127.0.0.1', port)
+    try:
+        body = json.dumps(fields | {'stream': True, 'stream_options': {'include_usage': True}}).encode()
+        head = f'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n'
+        writer.write(f'{head}Connection: close\r\n\r\n'.encode() + body)
+        text, tokens, times, done = '', 0, [], False
+        async for line in reader:
+            done |= line == b'data: [DONE]\n'
+            if line.startswith(b'data: {'):
+                chunk = json.loads(line[6:])
+                if 'error' in chunk:
+                    raise OSError(chunk['error']['message'])
+                tokens = chunk.get('usage', {}).get('completion_tokens', tokens)
+                for choice in chunk['choices']:
+                    text += choice['text']
+                    times.append(time.perf_counter())
+        if not done:
+            raise OSError('the answer broke off')
+        return text, tokens, times
+    finally:
+        writer.close()
+
+
+async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seconds: float) -> dict[str, float]:
+    """One client for each request asks it again and again for `seconds`; the figures, with how many answers failed or were not `expected`."""
+    began, firsts, gaps, counts = time.perf_counter(), list[float](), list[float](), [0] * len(asked)
+    failed = wrong = answers = 0
+
+    async def client(i: int) -> None:
+        nonlocal failed, wrong, answers
+        while (at := time.perf_counter()) < began + seconds:
+            try:
+                text, tokens, times = await ask(port, asked[i])
+            except (OSError, ValueError):
+                failed += 1
+                await asyncio.sleep(0.1)
+                continue
+            answers, wrong, counts[i] = answers + 1, wrong + (text != expected[i]), counts[i] + tokens
+            firsts.append(times[0] - at)
+            gaps.append(max((b - a for a, b in zip(times, times[1:])), default=0))
+
+    await asyncio.gather(*map(client, range(len(asked))))
+    took = time.perf_counter() - began
+    if not answers:
+        raise UserError('the server gave no whole answer')
+    return {
+        'tokens_per_s': sum(counts) / took,
+        'first_token_ms': 1e3 * statistics.median(firsts),
+        'slowest_first_token_ms': 1e3 * max(firsts),
+        'longest_pause_ms': 1e3 * max(gaps),
+        'answers': answers,
+        'failed': failed,
+        'unlike_alone': wrong,
+        'slowest_client_share': min(counts) / statistics.median(counts),
+    }
+
+
+def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
+    """serve.py with 1, 8 and 64 clients that stream, each answer compared with the same request's alone; its memory before and after."""
+    starts = ('The rain', 'A stone in the', '', 'We sang until the lamp went out and', 'Nobody')
+    asked = [dict(prompt=starts[i % len(starts)], max_tokens=config.tokens, temperature=1.0, seed=i) for i in range(64)]
+    words = ['serve.py', f'--out_dir={config.out_dir}', f'--device={device}', f'--dtype={config.dtype}', '--port=0', f'--quantize={config.quantize}']
+    log = tempfile.TemporaryFile('w+')
+    server = subprocess.Popen([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert server.stdout
+    try:
+        if 'http' not in (line := server.stdout.readline()):
+            server.wait()
+            log.seek(0)
+            raise UserError(f'serve.py did not start: {log.read().strip()}')
+        port = int(line.split(';')[0].split()[1].rsplit(':', 1)[1])
+        expected = [asyncio.run(ask(port, request))[0] for request in asked]
+        for clients in (1, 8, 64):
+
+            def ours() -> dict[str, float]:
+                before = resident(server.pid)
+                figures = asyncio.run(load(port, asked[:clients], expected, config.seconds))
+                return figures | {'server_mb': resident(server.pid), 'server_grew_mb': resident(server.pid) - before}
+
+            values = dict(out_dir=config.out_dir, device=device, dtype=config.dtype, quantize=config.quantize, seconds=config.seconds)
+            values['asked'] = asked[:clients]
+            table.measure(f'serve {clients} clients', config.rounds, ours, lambda: child(GENERATE_ONE_BY_ONE, **values))
+    finally:
+        server.terminate()
+        server.wait()
+        log.close()
+
+
+def resident(pid: int) -> float:
+    """MB of memory that a process holds now; 0 where the system does not tell."""
+    try:
+        with open(f'/proc/{pid}/statm', encoding='ascii') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
+    except OSError:
+        return 0.0
+
+
 def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
@@ -565,6 +688,8 @@ def main() -> None:
             measure_data(table, config)
         if config.mode == 'loss' or everything and (config.input or os.path.isfile(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
             measure_loss(table, config, device)
+        if config.mode == 'serve':
+            measure_serve(table, config, device)
         if config.mode == 'tokens':
             measure_tokens(table, config, device)
     finally:  # what was measured is shown, whatever came after
