@@ -722,10 +722,10 @@ class GPT(nn.Module):
             kind, shape = hf.get('model_type'), _shape_of(hf)
             where, weights = _open_weights(folder, kind)
             if shape['n_layer'] > len(weights):
-                raise NotImplementedError(f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only')
+                raise Foreign(f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only')
             with torch.device('meta'):
                 model = cls(GPTConfig(dropout=dropout, **shape))
-        except (NotImplementedError, BadWeights) as error:
+        except (Foreign, BadWeights) as error:
             raise ValueError(str(error) if isinstance(error, BadWeights) else f'{path}: {error}') from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise ValueError(f'{path}: not the description of a GPT-2 or Qwen3 ({type(error).__name__}: {str(error)[:100]})') from None
@@ -768,15 +768,19 @@ def is_pretrained(source: str) -> bool:
         return False
 
 
+class Foreign(ValueError):
+    """A description of something that our blocks do not compute."""
+
+
 class BadWeights(ValueError):
     """A folder's weights are not there, or damaged."""
 
 
 def _shape_of(hf: dict[str, Any]) -> dict[str, Any]:
-    """GPTConfig's arguments from a config.json. Raises NotImplementedError, with the key's name, for what our blocks cannot compute."""
+    """GPTConfig's arguments from a config.json. Raises Foreign, with the key's name, for what our blocks cannot compute."""
     kind = hf.get('model_type')
     if kind not in EXACTLY:
-        raise NotImplementedError(f'model_type is {kind!r}, expected gpt2 or qwen3')
+        raise Foreign(f'model_type is {kind!r}, expected gpt2 or qwen3')
     rope = dict(hf.get('rope_parameters') or {})  # since transformers 5; before, theta stood by itself
     theta = rope.pop('rope_theta', hf.get('rope_theta', 10000.0))
     scaling = hf.get('rope_scaling') or rope
@@ -784,7 +788,7 @@ def _shape_of(hf: dict[str, Any]) -> dict[str, Any]:
     found = hf | {'rope_scaling': None if plain else scaling}
     for key, values in EXACTLY[kind].items():
         if found.get(key, values[0]) not in values:
-            raise NotImplementedError(f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}')
+            raise Foreign(f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}')
     if kind == 'gpt2':
         shape = {key: hf[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
         shape |= {'arch': 'gpt2', 'block_size': hf['n_positions'], 'n_ff': hf.get('n_inner')}
