@@ -130,7 +130,8 @@ if '--device=cpu' not in words:
 
 OURS_SAMPLE = """
 import sample, torch
-from model import GPT, GPTConfig, matmul_ceiling, pick_device
+from machine import matmul_ceiling, pick_device
+from model import GPT, GPTConfig
 torch.manual_seed(1337)
 device = pick_device(device)
 model = GPT(GPTConfig(**shape)).to(device).eval()
@@ -183,7 +184,8 @@ result = {'tokens_per_s': batch * tokens / (time.perf_counter() - t)}
 
 OURS_MEMORY = """
 import train, torch
-from model import GPT, GPTConfig, pick_device, pick_dtype
+from machine import pick_device, pick_dtype
+from model import GPT, GPTConfig
 from optimizer import configure_optimizers
 device = pick_device(device)
 def used():
@@ -220,13 +222,14 @@ result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradient
 
 OURS_SAVE = """
 import os, tempfile, statistics
-import train, torch
+import torch
 import checkpoint
-from model import GPT, GPTConfig, pick_device, pick_dtype
+from machine import keep_freed_memory, pick_device, pick_dtype
+from model import GPT, GPTConfig
 from optimizer import configure_optimizers
 device = pick_device(device)
 if device.type == 'cpu':
-    train.keep_freed_memory()
+    keep_freed_memory()
 model = GPT(GPTConfig(arch=arch, **shape)).to(device)
 optimizers = configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), 'muon' if arch == 'modern' else 'adamw')
 x = torch.randint(shape['vocab_size'], (batch, shape['block_size']), device=device)
@@ -262,7 +265,7 @@ result = {'step_s': usual, 'checkpoint_mb': size / 1e6, 'training_thread_held_s_
 
 CEILING = """
 import torch
-from model import matmul_ceiling, pick_device
+from machine import matmul_ceiling, pick_device
 device = pick_device(device)
 result = {f'{name}_gflop_per_s': matmul_ceiling(device, getattr(torch, name)) / 1e9 for name in ('float32', 'bfloat16')}
 a = torch.ones(2**28 if device.type == 'cuda' else 2**26, device=device); b = torch.zeros_like(a)
@@ -441,7 +444,7 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
 def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) -> None:
     import torch
 
-    from model import can_compile, pick_dtype
+    from machine import can_compile, pick_dtype
 
     large = config.size == 'gpt2' and not config.quantize
     dtype = str(pick_dtype(config.dtype, torch.device(device), large)).removeprefix('torch.')
@@ -647,7 +650,7 @@ def main() -> None:
     config = configure(BenchConfig, description='Measure speed, time to a loss, data and memory.')
     import torch
 
-    from model import matmul_ceiling, pick_device
+    from machine import matmul_ceiling, pick_device
 
     try:
         device = str(pick_device(config.device))

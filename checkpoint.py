@@ -39,7 +39,8 @@ import torch.distributed as dist
 
 from configurator import UserError, run
 from dataset import read_meta, sync_folder, write_whole
-from model import GPT, GPTConfig, is_sharded, local
+from machine import is_sharded, local
+from model import GPT, GPTConfig
 from optimizer import configure_optimizers
 from tokenizer import Tokenizer, from_state
 

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 import checkpoint
 from configurator import UserError, configure, run
-from model import EXACTLY, PRESETS, QWEN3_SHAPE, GPTConfig, hf_names, hf_rows, is_conv1d
+from model import PRESETS, GPTConfig
+from pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_conv1d
 from tokenizer import EOT, Tokenizer, bytes_to_unicode
 
 DTYPES = {'float32': (torch.float32, 'F32'), 'bfloat16': (torch.bfloat16, 'BF16'), 'float16': (torch.float16, 'F16')}  # torch's, and GGUF's name

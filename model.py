@@ -5,19 +5,14 @@ Two presets, every part of which can be overridden:
 - arch='modern' (default): RMSNorm before and RoPE in attention, QK-norm, grouped-query attention, SwiGLU, no biases,
   zero-initialised output projections: the Qwen3 architecture (Qwen team 2025), so that common runtimes load it.
 
-`GPT.from_pretrained` takes the weights of either from Hugging Face's files; export.py is the way back.
+pretrained.py takes the weights of either from Hugging Face's files; export.py is the way back.
 
 Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = head_dim (mostly C / H), V the vocabulary.
 """
 
 import copy
-import functools
-import json
 import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,52 +21,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from machine import is_sharded, put
+
 PRESETS: dict[str, dict[str, Any]] = {
     'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
     'modern': dict(bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False),
-}
-GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-WEIGHT_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
-# Our names, and Hugging Face's in Qwen3, where our fused matrices stand apart; GPT-2's are our own, its matrices transposed
-QWEN3_NAMES = {
-    'wte': ('embed_tokens',),
-    'ln_f': ('norm',),
-    'ln_1': ('input_layernorm',),
-    'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-    'attn.q_norm': ('self_attn.q_norm',),
-    'attn.k_norm': ('self_attn.k_norm',),
-    'attn.c_proj': ('self_attn.o_proj',),
-    'ln_2': ('post_attention_layernorm',),
-    'mlp.c_fc': ('mlp.gate_proj', 'mlp.up_proj'),
-    'mlp.c_proj': ('mlp.down_proj',),
-}
-QWEN3_SHAPE = {
-    'max_position_embeddings': 'block_size',
-    'num_hidden_layers': 'n_layer',
-    'num_attention_heads': 'n_head',
-    'num_key_value_heads': 'n_kv_head',
-    'head_dim': 'head_dim',
-    'hidden_size': 'n_embd',
-    'intermediate_size': 'n_ff',
-}
-# What config.json must say for our blocks to compute the same: the first is what it means if it says nothing
-EXACTLY: dict[str, dict[str, tuple[Any, ...]]] = {
-    'gpt2': {
-        'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-        'layer_norm_epsilon': (1e-5,),
-        'scale_attn_weights': (True,),
-        'scale_attn_by_inverse_layer_idx': (False,),
-        'add_cross_attention': (False,),
-        'quantization_config': (None,),
-    },
-    'qwen3': {
-        'hidden_act': ('silu',),
-        'rms_norm_eps': (1e-6,),
-        'attention_bias': (False,),
-        'use_sliding_window': (False,),
-        'rope_scaling': (None,),
-        'quantization_config': (None,),
-    },
 }
 NANOGPT_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
@@ -704,166 +658,6 @@ class GPT(nn.Module):
                     setattr(parent, name, Int8Linear(child) if kind else PackedLinear(child))
         return self
 
-    # -------------------------------------------------------------------------
-    # Hugging Face's GPT-2 and Qwen3
-
-    @classmethod
-    @torch.no_grad()
-    def from_pretrained(cls, source: str, dropout: float = 0.0) -> 'GPT':
-        """A GPT-2 or Qwen3 from a Hugging Face folder (config.json and one of WEIGHT_FILES) or one of GPT-2's names, in fp32.
-
-        Raises ValueError if the source is neither, cannot be had, or computes something that our blocks do not.
-        """
-        folder = source if os.path.isdir(source) else _download_gpt2(source)
-        path = os.path.join(folder, 'config.json')
-        try:
-            with open(path, encoding='utf-8') as f:
-                hf = json.load(f)
-            kind, shape = hf.get('model_type'), _shape_of(hf)
-            where, weights = _open_weights(folder, kind)
-            if shape['n_layer'] > len(weights):
-                raise Foreign(f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only')
-            with torch.device('meta'):
-                model = cls(GPTConfig(dropout=dropout, **shape))
-        except (Foreign, BadWeights) as error:
-            raise ValueError(str(error) if isinstance(error, BadWeights) else f'{path}: {error}') from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise ValueError(f'{path}: not the description of a GPT-2 or Qwen3 ({type(error).__name__}: {str(error)[:100]})') from None
-        own = model.state_dict()
-        if model.config.tie_weights:  # one matrix: either name brings it
-            del own['lm_head.weight']
-            if head := weights.pop('lm_head.weight', None):
-                weights.setdefault(hf_names('transformer.wte.weight', kind)[0], head)
-        read: dict[str, list[Callable[[], torch.Tensor]]] = {}
-        for name, p in own.items():  # all are checked before memory is taken
-            names = hf_names(name, kind)
-            for n, rows in zip(names, hf_rows(model.config, p.size(0), names)):
-                if n not in weights:
-                    raise ValueError(f'{where}: lacks {n}')
-                (found, one), wanted = weights.pop(n), (rows, *p.shape[1:])
-                if found != (wanted[::-1] if kind == 'gpt2' and is_conv1d(name) else wanted):
-                    raise ValueError(f'{where}: {n} is {found}, which does not fit the model of this config.json')
-                read.setdefault(name, []).append(one)
-        if weights:
-            raise ValueError(f'{where}: {min(weights)} has no place in the model of this config.json')
-        try:
-            model.materialize(torch.device('cpu'))
-        except RuntimeError as error:  # a context of 10^12, which no weight's shape tells
-            raise ValueError(f'{path}: the model does not fit in memory ({str(error)[:100]})') from None
-        for name, p in model.state_dict().items():
-            if name in read:
-                value = torch.cat([one() for one in read[name]])
-                p.copy_(value.t() if kind == 'gpt2' and is_conv1d(name) else value)
-        return model
-
-
-def is_pretrained(source: str) -> bool:
-    """Is this one of GPT-2's names, or a Hugging Face folder (not a checkpoint of ours)?"""
-    if source in GPT2_NAMES or any(os.path.exists(os.path.join(source, name)) for name in WEIGHT_FILES):
-        return True
-    try:
-        with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
-            return 'model_type' in json.load(f)
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-class Foreign(ValueError):
-    """A description of something that our blocks do not compute."""
-
-
-class BadWeights(ValueError):
-    """A folder's weights are not there, or damaged."""
-
-
-def _shape_of(hf: dict[str, Any]) -> dict[str, Any]:
-    """GPTConfig's arguments from a config.json. Raises Foreign, with the key's name, for what our blocks cannot compute."""
-    kind = hf.get('model_type')
-    if kind not in EXACTLY:
-        raise Foreign(f'model_type is {kind!r}, expected gpt2 or qwen3')
-    rope = dict(hf.get('rope_parameters') or {})  # since transformers 5; before, theta stood by itself
-    theta = rope.pop('rope_theta', hf.get('rope_theta', 10000.0))
-    scaling = hf.get('rope_scaling') or rope
-    plain = scaling.get('rope_type', scaling.get('type', 'default')) == 'default' and scaling.get('partial_rotary_factor', 1) == 1
-    found = hf | {'rope_scaling': None if plain else scaling}
-    for key, values in EXACTLY[kind].items():
-        if found.get(key, values[0]) not in values:
-            raise Foreign(f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}')
-    if kind == 'gpt2':
-        shape = {key: hf[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
-        shape |= {'arch': 'gpt2', 'block_size': hf['n_positions'], 'n_ff': hf.get('n_inner')}
-    else:
-        shape = {own: hf[key] for key, own in QWEN3_SHAPE.items() if key != 'head_dim'}
-        shape |= {'arch': 'modern', 'vocab_size': hf['vocab_size'], 'head_dim': hf.get('head_dim', 128), 'rope_theta': float(theta)}
-    return shape | {'tie_weights': bool(hf.get('tie_word_embeddings', kind == 'gpt2'))}
-
-
-def hf_names(name: str, kind: str) -> list[str]:
-    """What Hugging Face's model calls our weight `name`."""
-    if kind == 'gpt2' or name == 'lm_head.weight':
-        return [name]
-    prefix, own = 'model.', name.removeprefix('transformer.').removesuffix('.weight')
-    if own.startswith('h.'):
-        _, i, own = own.split('.', 2)
-        prefix = f'model.layers.{i}.'
-    return [f'{prefix}{theirs}.weight' for theirs in QWEN3_NAMES[own]]
-
-
-def hf_rows(config: GPTConfig, rows: int, names: Sequence[str]) -> list[int]:
-    """How many rows of one of our matrices belong to each of Hugging Face's `names`."""
-    if len(names) == 3:  # q, k, v
-        return [heads * (config.head_dim or 0) for heads in (config.n_head, config.n_kv_head or 0, config.n_kv_head or 0)]
-    return [rows // len(names)] * len(names)
-
-
-def is_conv1d(name: str) -> bool:
-    """Does Hugging Face's GPT-2 keep this matrix transposed?"""
-    return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
-
-
-def _open_weights(folder: str, kind: str) -> tuple[str, dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]]:
-    """(path, {name: (shape, what reads it)}) of a Hugging Face folder's weights. Raises BadWeights if they are not there or damaged."""
-    path = next((p for n in WEIGHT_FILES if os.path.exists(p := os.path.join(folder, n))), '')
-    if not path:
-        raise BadWeights(f'{folder}: none of {", ".join(WEIGHT_FILES)} is there')
-    weights: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
-    try:
-        files = [os.path.basename(path)]
-        if path.endswith('.json'):
-            with open(path, encoding='utf-8') as f:
-                files = sorted(set(json.load(f)['weight_map'].values()))
-        for name in files:
-            if name.endswith('.bin'):
-                found = torch.load(os.path.join(folder, name), map_location='cpu', weights_only=True)
-                if not all(isinstance(key, str) for key in found):
-                    raise TypeError('its names are no text')
-                weights |= {key: (tuple(w.shape), w.clone) for key, w in found.items()}
-            else:
-                from safetensors import safe_open
-
-                file = safe_open(os.path.join(folder, name), 'pt')
-                weights |= {key: (tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)) for key in file.keys()}
-    except Exception as error:  # a damaged file can fail anywhere in the readers
-        raise BadWeights(f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})') from None
-    if kind == 'gpt2':  # files of the bare model lack the prefix, and old ones carry the causal mask
-        weights = {n if n == 'lm_head.weight' else 'transformer.' + n.removeprefix('transformer.'): w for n, w in weights.items()}
-        weights = {n: w for n, w in weights.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))}
-    return path, weights
-
-
-def _download_gpt2(name: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    if name not in GPT2_NAMES:
-        raise ValueError(f'{name}: neither a folder nor one of {", ".join(GPT2_NAMES)}')
-    try:
-        return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
-    except Exception as error:  # the hub's client raises many kinds; each means that there are no weights
-        raise ValueError(
-            f'{name}: the weights could not be fetched ({type(error).__name__}); connect once, or name a local folder '
-            'with config.json and model.safetensors'
-        ) from None
-
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -904,104 +698,3 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
     )
     at = torch.where(p.gather(1, at) > 0, at, p.argmax(dim=-1, keepdim=True))  # a GPU's cumulative sum may round what cannot be into the draw
     return (at if order is None else order.gather(1, at))[:, 0]
-
-
-# -----------------------------------------------------------------------------
-# The machine
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Is it a DTensor? Asked so because importing those takes half a second, which most runs need not spend."""
-    return hasattr(tensor, 'to_local')
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
-
-
-def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy `whole` into `tensor` in place; into a tensor sharded over processes, the part that is this process's."""
-    if is_sharded(tensor):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(tensor, DTensor)
-        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    local(tensor).copy_(local(whole))
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for a device that this machine lacks."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
-    if (
-        device.type == 'cuda'
-        and (device.index or 0) >= torch.cuda.device_count()
-        or device.type == 'mps'
-        and not torch.backends.mps.is_available()
-    ):
-        raise ValueError(
-            f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no such device; use device=auto or device=cpu'
-        )
-    return device
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bfloat16 itself, faster than float32?"""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dtype:
-    """'auto' is bfloat16 where that is fast (on a CPU for large models only), float16 on older GPUs, float32 elsewhere.
-
-    Raises ValueError for a pair that cannot work.
-    """
-    if name == 'auto':
-        if fast_bf16(device) and (large or device.type == 'cuda'):
-            name = 'bfloat16'
-        else:
-            name = 'float16' if device.type == 'cuda' else 'float32'
-    if name == 'float16' and device.type != 'cuda':
-        raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
-    return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]
-
-
-def can_compile(device: torch.device) -> str:
-    """'' if torch.compile can work on this device, else why not. What it needs: a C++ compiler; on CUDA, Triton and a C compiler."""
-    if device.type == 'cuda':
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return 'Triton is not installed'
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            return 'this GPU is too old for Triton'
-        return '' if os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang'))) else 'no C compiler found'
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception:  # InvalidCxxCompiler moves between modules from version to version
-        return 'no C++ compiler found'
-    return ''
-
-
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
-    n = 4096 if device.type == 'cuda' else 768
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-
-    def seconds(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            c = a @ b
-        float(c[0, 0])  # waits for the device
-        return time.perf_counter() - start
-
-    seconds(2)
-    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))

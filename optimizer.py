@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from model import GPT, fast_bf16, is_sharded, local
+from machine import fast_bf16, is_sharded, local
+from model import GPT
 
 
 def configure_optimizers(

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from model import GPT, pick_device
+from machine import pick_device
+from model import GPT
 
 T = TypeVar('T')
 

@@ -26,8 +26,10 @@ import torch
 import checkpoint
 from configurator import UserError, configure, run
 from dataset import song_head
-from model import GPT, can_compile, check_sampling, is_pretrained, pick_device, pick_dtype
+from machine import can_compile, pick_device, pick_dtype
+from model import GPT, check_sampling
 from originality import Avoid, Index, index_of
+from pretrained import from_pretrained, is_pretrained
 from tokenizer import Tokenizer, of_pretrained
 
 
@@ -95,7 +97,7 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
         else:
             if os.path.exists(config.init_from) and not is_pretrained(config.init_from) and checkpoint.candidates(config.init_from):
                 raise UserError(f'init_from={config.init_from}: this is a checkpoint of ours: --out_dir={config.init_from}')
-            model, tokenizer = GPT.from_pretrained(config.init_from), of_pretrained(config.init_from)
+            model, tokenizer = from_pretrained(config.init_from), of_pretrained(config.init_from)
         # writing one token reads every weight once: half the bytes, twice the speed; int8 weights on a CPU want float32 beside them
         large = model.num_params() > 20_000_000 and not config.quantize
         dtype = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large)

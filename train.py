@@ -12,7 +12,6 @@ What a step does depends on the knobs, the seed and the step's number alone: bat
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import math
 import os
@@ -38,10 +37,12 @@ import checkpoint
 from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, folder_of, read_meta, read_tokenizer
 from log import Log
-from model import GPT, GPT2_NAMES, GPTConfig, can_compile, fast_bf16, is_pretrained, is_sharded, local, matmul_ceiling, pick_dtype, put
+from machine import can_compile, fast_bf16, is_sharded, keep_freed_memory, local, matmul_ceiling, pick_dtype, put
+from model import GPT, GPTConfig
 from optimizer import configure_optimizers
 from originality import Index
 from parallel import Team, lost_contact, shard, shares
+from pretrained import GPT2_NAMES, from_pretrained, is_pretrained
 from tokenizer import CharTokenizer, Tokenizer, file_of_pretrained, of_pretrained
 
 
@@ -232,7 +233,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             with torch.device('meta') if fsdp else contextlib.nullcontext():
                 model = GPT(config.model_config(vocab_size=size if size < 1024 else -(-size // 64) * 64))
         else:
-            model = GPT.from_pretrained(config.init_from, dropout=config.dropout)
+            model = from_pretrained(config.init_from, dropout=config.dropout)
             if fsdp:
                 state['model'] = model.state_dict()
                 with torch.device('meta'):
@@ -713,18 +714,6 @@ def learning_rate(config: TrainConfig, step: int, share_spent: float | None = No
         return low + (config.learning_rate - low) * min(1.0, max(0.0, left))
     done = min(1.0, (done - warm) / max(1e-9, 1 - warm))
     return low + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - low)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones instead of asking for fresh pages each time.
-
-    On a CPU, a third of a large model's step goes into those pages otherwise (docs/concepts/what-we-tried.md). Other C libraries are left alone.
-    """
-    if sys.platform == 'linux' and 'MALLOC_MMAP_MAX_' not in os.environ:
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> None:

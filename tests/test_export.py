@@ -12,7 +12,8 @@ import torch
 import checkpoint
 from configurator import UserError, configure
 from export import ExportConfig, export, gguf_vocabulary
-from model import GPT, GPTConfig, is_pretrained
+from model import GPT, GPTConfig
+from pretrained import from_pretrained, is_pretrained
 from sample import SampleConfig, load_model
 from tests.conftest import ROOT, gpt2, script, tiny
 from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, Tokenizer, from_hf, load, of_pretrained
@@ -195,7 +196,7 @@ def test_export_and_back(tmp_path, tokenizers, shape):
     assert is_pretrained(folder)
     again, tokenizer = load_model(SampleConfig(init_from=folder, device='cpu'))
     assert tokenizer.state() == tokenizers['bpe'].state() and again.config.vocab_size == tokenizer.vocab_size
-    again = GPT.from_pretrained(folder).eval()
+    again = from_pretrained(folder).eval()
     idx = torch.randint(tokenizer.vocab_size, (2, 64))
     with torch.no_grad():
         torch.testing.assert_close(again(idx), model(idx)[..., : tokenizer.vocab_size], atol=1e-5, rtol=1e-5)
@@ -236,7 +237,7 @@ def test_a_qwen3_as_it_is_handed_out(tmp_path):
         torch.nn.init.normal_(p, mean=0.2, std=0.3)
     theirs.bfloat16().save_pretrained(tmp_path, max_shard_size='20KB')
     assert (tmp_path / 'model.safetensors.index.json').exists()
-    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    ours = from_pretrained(str(tmp_path)).eval()
     assert (ours.config.head_dim, ours.config.rope_theta, ours.config.tie_weights) == (16, 1e6, True)
     idx = torch.randint(300, (2, 64))
     with torch.no_grad():
@@ -256,11 +257,11 @@ def test_a_qwen3_as_it_is_handed_out(tmp_path):
     }.items():
         (tmp_path / 'config.json').write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match=f'config.json: {key.replace("parameters", "scaling")}=.* cannot be computed here'):
-            GPT.from_pretrained(str(tmp_path))
+            from_pretrained(str(tmp_path))
     (tmp_path / 'config.json').write_text(json.dumps(config))
     next(tmp_path.glob('model-00002*')).unlink()
     with pytest.raises(ValueError, match='index.json: damaged'):
-        GPT.from_pretrained(str(tmp_path))
+        from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_a_qwen3_as_it_is_handed_out(tmp_path):
 def test_gpt2s_that_differ_are_refused(tmp_path, key, value):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2', key: value}))
     with pytest.raises(ValueError, match=f'config.json: {key}={value} cannot be computed here, expected'):
-        GPT.from_pretrained(str(tmp_path))
+        from_pretrained(str(tmp_path))
 
 
 def test_folders_that_do_not_fit(tmp_path, tokenizers):
@@ -281,26 +282,26 @@ def test_folders_that_do_not_fit(tmp_path, tokenizers):
     for key in 'hidden_size', 'num_hidden_layers', 'vocab_size', 'max_position_embeddings', 'intermediate_size', 'head_dim':
         (tmp_path / 'x' / 'config.json').write_text(json.dumps(config | {key: 10**12}))
         with pytest.raises(ValueError, match='config.json|model.safetensors') as found:
-            GPT.from_pretrained(folder)
+            from_pretrained(folder)
         assert '\n' not in str(found.value), key
     (tmp_path / 'x' / 'config.json').write_text(json.dumps(config))
     weights = load_file(path)
     for name, other in ('model.layers.0.self_attn.k_proj.weight', torch.ones(16, 40)), ('model.norm.weight', torch.tensor(1.0)):
         save_file(weights | {name: other}, path)
         with pytest.raises(ValueError, match=f'model.safetensors: {name} is .*, which does not fit'):
-            GPT.from_pretrained(folder)
+            from_pretrained(folder)
     path.unlink()
     assert is_pretrained(folder)
     with pytest.raises(ValueError, match='none of model.safetensors, .*pytorch_model.bin.index.json is there'):
-        GPT.from_pretrained(folder)
+        from_pretrained(folder)
     names = sorted(weights)
     for i in range(2):
         torch.save({name: weights[name] for name in names[i::2]}, tmp_path / 'x' / f'{i}.bin')
     (tmp_path / 'x' / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {name: f'{i % 2}.bin' for i, name in enumerate(names)}}))
-    assert torch.equal(GPT.from_pretrained(folder).state_dict()['lm_head.weight'], weights['lm_head.weight'])
+    assert torch.equal(from_pretrained(folder).state_dict()['lm_head.weight'], weights['lm_head.weight'])
     torch.save({1: torch.ones(1)}, tmp_path / 'x' / 'pytorch_model.bin')
     with pytest.raises(ValueError, match='pytorch_model.bin: damaged'):
-        GPT.from_pretrained(folder)
+        from_pretrained(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def test_gguf_spells_characters_in_bytes(tmp_path, tokenizers):
 def test_half_as_large(tmp_path, tokenizers, dtype, size):
     gguf = pytest.importorskip('gguf')
     folder, model = exported(tmp_path, tokenizers['bpe'], f'--dtype={dtype}', **SHAPES['modern'])
-    again = GPT.from_pretrained(folder)
+    again = from_pretrained(folder)
     for name, w in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], w[: len(again.state_dict()[name])].to(getattr(torch, dtype)).float(), atol=0, rtol=0)
     path = export(ExportConfig(out_dir=str(tmp_path), format='gguf', to=str(tmp_path / 'y.gguf'), dtype=dtype))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import model as model_module
 from model import GPT, GPTConfig, LinearCrossEntropy, draw
 from optimizer import Muon, configure_optimizers, orthogonalize
+from pretrained import from_pretrained
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
 VARIANTS = [
@@ -41,7 +42,7 @@ def test_gpt2_logits_equal_transformers(tmp_path):
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    ours = from_pretrained(str(tmp_path)).eval()
     idx = torch.randint(50, (3, 24))
     with torch.no_grad():
         expected = theirs(idx).logits
@@ -256,9 +257,9 @@ def test_bad_shapes(changes, message):
 def test_foreign_folders(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        GPT.from_pretrained(str(tmp_path))
+        from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match='neither a folder nor one of'):
-        GPT.from_pretrained('gpt2-huge')
+        from_pretrained('gpt2-huge')
 
 
 # -----------------------------------------------------------------------------

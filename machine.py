@@ -1,0 +1,122 @@
+"""The machine at hand: its device, the number format that it multiplies fast, whether it can compile, its memory.
+
+Also the three words that a weight cut over processes (a DTensor) and a plain one both understand: `is_sharded`, `local`, `put`.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import time
+
+import torch
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Is it a DTensor? Asked so because importing those takes half a second, which most runs need not spend."""
+    return hasattr(tensor, 'to_local')
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy `whole` into `tensor` in place; into a tensor sharded over processes, the part that is this process's."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local(tensor).copy_(local(whole))
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for a device that this machine lacks."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
+    if (
+        device.type == 'cuda'
+        and (device.index or 0) >= torch.cuda.device_count()
+        or device.type == 'mps'
+        and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(
+            f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no such device; use device=auto or device=cpu'
+        )
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does this device multiply bfloat16 itself, faster than float32?"""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dtype:
+    """'auto' is bfloat16 where that is fast (on a CPU for large models only), float16 on older GPUs, float32 elsewhere.
+
+    Raises ValueError for a pair that cannot work.
+    """
+    if name == 'auto':
+        if fast_bf16(device) and (large or device.type == 'cuda'):
+            name = 'bfloat16'
+        else:
+            name = 'float16' if device.type == 'cuda' else 'float32'
+    if name == 'float16' and device.type != 'cuda':
+        raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
+    return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]
+
+
+def can_compile(device: torch.device) -> str:
+    """'' if torch.compile can work on this device, else why not. What it needs: a C++ compiler; on CUDA, Triton and a C compiler."""
+    if device.type == 'cuda':
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return 'Triton is not installed'
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return 'this GPU is too old for Triton'
+        return '' if os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang'))) else 'no C compiler found'
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception:  # InvalidCxxCompiler moves between modules from version to version
+        return 'no C++ compiler found'
+    return ''
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones instead of asking for fresh pages each time.
+
+    On a CPU, a third of a large model's step goes into those pages otherwise (docs/concepts/what-we-tried.md). Other C libraries are left alone.
+    """
+    if sys.platform == 'linux' and 'MALLOC_MMAP_MAX_' not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
+    n = 4096 if device.type == 'cuda' else 768
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+
+    def seconds(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            c = a @ b
+        float(c[0, 0])  # waits for the device
+        return time.perf_counter() - start
+
+    seconds(2)
+    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))
