@@ -10,13 +10,14 @@ demo: install
 	$(BIN)/python sample.py --out_dir=out-darklyrics
 
 test: install-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-long: install-dev
 	$(BIN)/python -m pytest -q -m long
 
 lint: install-dev
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 install: .venv/installed
 install-dev: .venv/installed-dev

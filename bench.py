@@ -38,6 +38,8 @@ SHAPES = {
 
 @dataclass
 class BenchConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'save', 'scaling', 'serve', 'ceiling', 'start'] = 'all'  # what is measured
     peer: str = ''  # a nanoGPT checkout to measure beside; for sample also: transformers
     rounds: int = 3  # times that each side runs
@@ -303,6 +305,7 @@ class Table:
         self.ceiling = ceiling
 
     def measure(self, title: str, rounds: int, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]] | None = None) -> None:
+        """Run `ours` and `theirs` in turn, `rounds` times, and keep every figure that they return, with what the machine could do just before."""
         for number in range(rounds):
             for side, call in (('ours', ours), ('peer', theirs)):
                 if call:
@@ -311,6 +314,7 @@ class Table:
                         self.figures.setdefault(f'{title} {name}', {}).setdefault(side, []).append(value)
 
     def show(self) -> None:
+        """Print median and range of each figure, the ratio of the pairs, and where the machine was too noisy to say."""
         print(f'\n{"figure":<46}{"ours: median (min–max)":>30}{"peer: median (min–max)":>30}{"ours/peer":>22}')
         for name, sides in self.figures.items():
             cells = [
@@ -330,6 +334,7 @@ class Table:
 
 
 def number(value: float) -> str:
+    """Three figures at most, thousands with commas."""
     return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}' if abs(value) < 1 else f'{value:.2f}'
 
 
@@ -442,6 +447,7 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
 
 
 def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) -> None:
+    """Tokens a second of `generate`, beside the peer's sample.py or transformers."""
     import torch
 
     from machine import can_compile, pick_dtype
@@ -449,7 +455,7 @@ def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) 
     large = config.size == 'gpt2' and not config.quantize
     dtype = str(pick_dtype(config.dtype, torch.device(device), large)).removeprefix('torch.')
     shape = {'bias': True} | SHAPES[config.size] | {'vocab_size': 50257}
-    common = dict(shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1)
+    common: dict[str, Any] = dict(shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1)
     compiled = device.startswith('cuda') and not can_compile(torch.device(device)) if config.compile == 'auto' else config.compile
     theirs: Callable[[], dict[str, float]] | None = None
     if config.peer == 'transformers':
@@ -620,8 +626,8 @@ def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
                 figures = asyncio.run(load(port, asked[:clients], expected, config.seconds))
                 return figures | {'server_mb': resident(server.pid), 'server_grew_mb': resident(server.pid) - before}
 
-            values = dict(out_dir=config.out_dir, device=device, dtype=config.dtype, quantize=config.quantize, seconds=config.seconds)
-            values['asked'] = asked[:clients]
+            values: dict[str, Any] = dict(out_dir=config.out_dir, device=device, dtype=config.dtype, quantize=config.quantize)
+            values |= dict(seconds=config.seconds, asked=asked[:clients])
             table.measure(f'serve {clients} clients', config.rounds, ours, lambda: child(GENERATE_ONE_BY_ONE, **values))
     finally:
         server.terminate()
@@ -639,6 +645,7 @@ def resident(pid: int) -> float:
 
 
 def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
+    """MB a second of a script that reads `megabytes`. Raises UserError if it fails."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -647,6 +654,7 @@ def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     config = configure(BenchConfig, description='Measure speed, time to a loss, data and memory.')
     import torch
 
@@ -663,6 +671,7 @@ def main() -> None:
         config.peer = os.path.abspath(config.peer)
     if config.peer == 'transformers' and config.mode != 'sample':
         raise UserError('peer=transformers: serves --mode=sample only')
+    batch, values = config.batch or 1, dict[str, Any]()
     table, everything = Table(lambda: matmul_ceiling(torch.device(device), torch.float32)), config.mode == 'all'
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.rounds} round{"s" * (config.rounds > 1)}')
 
@@ -675,13 +684,11 @@ def main() -> None:
         if everything or config.mode == 'train':
             measure_train(table, config, device)
         if everything or config.mode == 'memory':
-            batch = config.batch or 1
             values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
             table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
         if config.mode == 'scaling':
             measure_scaling(table, config, device)
         if config.mode == 'save':
-            batch = config.batch or 1
             for name, background in ('async', True), ('sync', False):
                 values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype, steps=16, background=background)
                 table.measure(f'save {config.size} {name}', config.rounds, lambda: child(OURS_SAVE, **values))

@@ -68,7 +68,7 @@ def save(path: str, state: dict[str, Any], keep_previous: bool = False) -> None:
     part = path + '.tmp'
     try:
         with open(part, 'w+b') as f:
-            hashed = Hashed(f)
+            hashed: Any = Hashed(f)
             torch.save(state, hashed)
             f.seek(-22, os.SEEK_END)
             if f.read(4) != END:
@@ -95,10 +95,12 @@ class Hashed:
         self.file, self.digest = file, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
+        """Write, and add to the digest; returns the number of bytes."""
         self.digest.update(data)
         return self.file.write(data)
 
     def flush(self) -> None:
+        """What torch.save calls at its end."""
         self.file.flush()
 
 
@@ -237,7 +239,8 @@ class Writer:
         else:
             self.job = Future()
             try:
-                self.job.set_result(work())
+                work()
+                self.job.set_result(None)
             except Exception as error:
                 self.job.set_exception(error)
 
@@ -269,6 +272,7 @@ def on_cpu(value: Any, seen: dict[Any, torch.Tensor], mesh: Any) -> Any:
         return seen[key]
     from torch.distributed.tensor import DTensor
 
+    assert isinstance(value, DTensor)
     return DTensor.from_local(seen[key], mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
@@ -351,7 +355,7 @@ def verify(path: str) -> None:
     if os.path.isdir(path):
         try:
             with open(os.path.join(path, SUMS), encoding='utf-8') as f:
-                sums = dict(reversed(line.rstrip('\n').split('  ', 1)) for line in f)
+                sums = {name: digest for digest, name in (line.rstrip('\n').split('  ', 1) for line in f)}
         except (OSError, ValueError, UnicodeDecodeError):
             raise Damaged(f'{path}: damaged, its {SUMS} cannot be read') from None
         there = {name for name in os.listdir(path) if name.endswith('.safetensors')} | {REST}
@@ -408,15 +412,16 @@ def read_folder(path: str, optimizer: bool = True, lazy: bool = False, into: GPT
         if lazy:
             return together({}, rest)
         reader = HuggingFaceStorageReader(path)
-        own = {} if into is None else into.state_dict()
+        own: dict[str, Any] = {} if into is None else into.state_dict()
         tensors: dict[str, torch.Tensor] = {}
+        described: Any
         for name, described in reader.read_metadata().state_dict_metadata.items():
             if name.startswith('model.'):
                 tensors[name] = own.get(name.removeprefix('model.'), torch.empty(described.size, dtype=described.properties.dtype))
             elif optimizer:
-                like = own.get(name.removeprefix('optimizer.').partition('.')[2].rpartition('.')[0])
-                whole = like is None or like.shape != described.size
-                tensors[name] = torch.empty(described.size, dtype=described.properties.dtype) if whole else torch.zeros_like(like)
+                like: Any = own.get(name.removeprefix('optimizer.').partition('.')[2].rpartition('.')[0])
+                alike = like is not None and like.shape == described.size
+                tensors[name] = torch.zeros_like(like) if alike else torch.empty(described.size, dtype=described.properties.dtype)
         read(tensors, storage_reader=reader, no_dist=into is None)
     except (Exception, CheckpointException) as error:  # a damaged or foreign folder can fail anywhere in the reader
         raise Damaged(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]})') from None
@@ -560,6 +565,7 @@ def inspect(path: str) -> str:
 
 
 def main() -> None:
+    """inspect, verify, merge or split, as the command line says."""
     parser = argparse.ArgumentParser(description='Look at a checkpoint, check it, or change its form.')
     commands = parser.add_subparsers(dest='command', required=True)
     for name, what in (

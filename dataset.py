@@ -102,10 +102,10 @@ def write_dataset(
         }
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's sample.py reads this one
             itos = dict(enumerate([*tokenizer.chars, *tokenizer.special]))
-            with open(os.path.join(folder, 'meta.pkl.tmp'), 'wb') as f:
-                pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, f)
-        with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as f:
-            json.dump(meta, f, ensure_ascii=False)
+            with open(os.path.join(folder, 'meta.pkl.tmp'), 'wb') as pickled:
+                pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, pickled)
+        with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as described:
+            json.dump(meta, described, ensure_ascii=False)
         for name in [f'{s}.bin' for s in need] + ['meta.pkl', 'meta.json']:
             if os.path.exists(os.path.join(folder, f'{name}.tmp')):
                 os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
@@ -188,7 +188,7 @@ class Split:
             numbers = [int(n[1]) if (n := re.search(r'_(\d+)\.bin$', path)) else None for path in paths]
             if None in numbers:
                 raise UserError(f'{paths[0]}: shard_groups={groups} deals out numbered shards ({name}_000001.bin …), and this is one file')
-            paths = [path for path, number in zip(paths, numbers) if number % groups == group]
+            paths = [path for path, number in zip(paths, numbers) if number is not None and number % groups == group]
             if not paths:
                 raise UserError(f'{folder}: shard_groups={groups}, but no {name} shard whose number leaves {group} when divided by it is here')
         self.shards = [TokenFile(path) for path in paths]
@@ -383,10 +383,10 @@ def read_meta(folder: str) -> dict[str, Any]:
                 itos = _NoCode(f).load()['itos']
             symbols = [itos[i] for i in range(len(itos))]
             chars = ''.join(s for s in symbols if len(s) == 1)
-            state = {'kind': 'char', 'chars': chars, 'special': symbols[len(chars) :]}
-            if list(chars) + state['special'] != symbols:
+            special = symbols[len(chars) :]
+            if list(chars) + special != symbols:
                 raise UserError('special tokens stand before characters')
-            return {'tokenizer': state, 'vocab_size': len(symbols), 'splits': {}}
+            return {'tokenizer': {'kind': 'char', 'chars': chars, 'special': special}, 'vocab_size': len(symbols), 'splits': {}}
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # a foreign file can fail anywhere in the reader
@@ -411,7 +411,7 @@ def bytes_per_token(folder: str, split: str = 'val') -> float | None:
 # What several prepare.py share
 
 
-def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
+def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: Any) -> Tokenizer:
     """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
     if name == 'gpt2':
         return GPT2Tokenizer(**normalization)

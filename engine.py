@@ -141,7 +141,8 @@ class Engine:
         """End all rows with an error."""
         with self.changed:
             rows = list(self.rows)
-            self.rows.clear(), self.active.clear(), self.queue.clear()
+            for here in (self.rows, self.active, self.queue):
+                here.clear()
         self.events += [(row, Piece(finish='error', error=why)) for row in rows]
 
     def tell(self) -> None:

@@ -30,6 +30,8 @@ DTYPES = {'float32': (torch.float32, 'F32'), 'bfloat16': (torch.bfloat16, 'BF16'
 
 @dataclass
 class ExportConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
     # What to make of it
@@ -164,7 +166,7 @@ def write_gguf(
     out.close()
 
 
-def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str], int]:
+def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[Any], list[str], int]:
     """(tokens, their types, merges, the document end's id) of llama.cpp's byte-level BPE.
 
     Characters become byte-level BPE whose merges put the bytes of one character together and nothing else. llama.cpp always has
@@ -362,6 +364,7 @@ def export(config: ExportConfig) -> str:
 
 
 def main() -> None:
+    """Export what the command line names."""
     export(configure(ExportConfig, description="Write a trained model in the formats that other people's tools load."))
 
 

@@ -117,7 +117,7 @@ class Session:
         """Do what a line says: a command, or write the text that begins with it. Raises ValueError, and EOFError to end."""
         if not line.startswith('/'):
             return self.write(line)
-        name, rest = re.fullmatch(r'/(\w*)(.*)', line.rstrip(), re.DOTALL).groups()
+        name, rest = re.findall(r'^/(\w*)(.*)$', line.rstrip(), re.DOTALL)[0]
         if name not in FIXED:
             check_name(name, [*COMMANDS, *self.kinds], '/', kind='command', see='/help')
         if name not in COMMANDS:
@@ -142,7 +142,7 @@ class Session:
         # without a limit: max_new_tokens is a pause, and a text that went on is the one that a longer run would have written
         prompt, ids, rows = self.begin(replace(config, max_new_tokens=sys.maxsize), *text)
         self.config = replace(self.config, seed=config.seed + 1)
-        tokens = (int(row[0]) for row in rows)
+        tokens: Iterator[int] = (int(row[0]) for row in rows)
         if config.stop_at_end:
             tokens = itertools.takewhile(lambda token: token != self.tokenizer.eot, tokens)
         return prompt, ids, tokens
@@ -192,7 +192,7 @@ class Session:
             raise UserError('the song has ended: /again writes another (or /set stop_at_end=False, then /more)')
         if self.tokens is None:  # written under other knobs: these read what it says so far
             seed = self.config.seed
-            _, _, self.tokens = self.stream(self.config, text.whole, list(text.ids))
+            self.tokens = self.stream(self.config, text.whole, list(text.ids))[2]
             text.seeds.append(seed)
         print(text.whole.rpartition('\n')[2], end='', flush=True)  # the line in which it goes on
         self.go_on(text)
@@ -238,7 +238,7 @@ class Session:
 
     def do_set(self, words: str) -> None:
         """KNOB=… change one; also /KNOB …"""
-        name, equals, value = re.fullmatch(r'(\w*)\s*(=?)\s*(.*)', words, re.DOTALL).groups()
+        name, equals, value = re.findall(r'^(\w*)\s*(=?)\s*(.*)$', words, re.DOTALL)[0]
         if name in FIXED:
             raise UserError(f'{name} is for the command line, as in --{name}=…')
         check_name(name, self.kinds, see='/knobs')
@@ -263,7 +263,7 @@ class Session:
 
 
 COMMANDS = {  # name: what may follow it, what it does
-    name[3:]: re.fullmatch(r'(\[.*\]|\S+=…|) ?(.*)', method.__doc__ or '').groups()
+    name[3:]: re.findall(r'^(\[.*\]|\S+=…|) ?(.*)$', method.__doc__ or '')[0]
     for name, method in vars(Session).items()
     if name.startswith('do_')
 }

@@ -99,6 +99,7 @@ class Log:
             os.fsync(self.metrics.fileno())
 
     def close(self) -> None:
+        """Close the files, and tell wandb and TensorBoard that the run is over."""
         for closing in (
             self.metrics.close,
             self.text.close,

@@ -20,7 +20,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:

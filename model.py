@@ -107,6 +107,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, dim) → the same shape (Ba et al. 2016)."""
         return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x), 1e-5)
 
 
@@ -118,10 +119,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, dim) → the same shape."""
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), 1e-6)
 
 
 def make_norm(config: GPTConfig, dim: int) -> nn.Module:
+    """The norm over `dim` features that the config names."""
     return RMSNorm(dim) if config.norm == 'rmsnorm' else LayerNorm(dim, bool(config.bias))
 
 
@@ -180,6 +183,7 @@ class CastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """x (…, in), weight (out, in), bias (out,) or None → (…, out) in `dtype`."""
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
@@ -189,6 +193,7 @@ class CastLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of x and, in the weight's dtype, of weight and bias."""
         x, weight = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
         dw = (dy.t() @ x.flatten(0, -2)).to(weight.dtype)
@@ -199,6 +204,7 @@ class Linear(nn.Linear):
     """nn.Linear that, trained in bfloat16 on a CPU, keeps no bfloat16 weights: 170 MB less for GPT-2, for 1% of the step."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input (…, in) → (…, out)."""
         if input.device.type == 'cpu' and torch.is_autocast_enabled('cpu') and torch.is_grad_enabled():
             return CastLinear.apply(input, self.weight, self.bias, torch.get_autocast_dtype('cpu'))
         return super().forward(input)
@@ -220,6 +226,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
+        """x (B, T, C) → (B, T, C). `rope`: cosines and sines; `mask`: which keys each query sees, None for all up to itself; `cache`: what came before."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -258,6 +265,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(n_ff, config.n_embd, bias=bool(config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C) → (B, T, C)."""
         x = self.c_fc(x)
         if self.kind == 'swiglu':
             gate, up = x.chunk(2, dim=-1)
@@ -268,6 +276,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each added to what came in (He et al. 2015) and normalized before (pre-norm, Xiong et al. 2020)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = make_norm(config, config.n_embd)
@@ -278,6 +288,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
+        """x (B, T, C) → (B, T, C); the rest as in CausalSelfAttention."""
         x = x + self.attn(self.ln_1(x), rope, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -291,6 +302,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) → (…, out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
@@ -301,6 +313,9 @@ class Int8Linear(nn.Module):
     (LLM.int8's vector-wise scheme, Dettmers et al. 2022, without its outliers). GPUs widen the weights on the way.
     """
 
+    weight: torch.Tensor  # (out, in), int8
+    scale: torch.Tensor  # (out,)
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
@@ -310,6 +325,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) → (…, out) in x's dtype."""
         if x.is_cuda:
             y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
         else:
@@ -330,6 +346,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, training: bool) -> torch.Tensor:
+        """The summed loss, a scalar in fp32, in nats."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
@@ -358,6 +375,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Hands out the gradients that the forward pass took."""
         dx, dw = ctx.saved_tensors  # scaled in place: (V, C) is too large for a copy, so backward can run only once
         return dx.mul_(grads[0].to(dx.dtype)), dw.mul_(grads[0]).to(ctx.dtype), None, None
 
@@ -366,15 +384,27 @@ class LinearCrossEntropy(torch.autograd.Function):
 # The model
 
 
+class Transformer(nn.ModuleDict):
+    """The parts under nanoGPT's names, with their types."""
+
+    wte: nn.Embedding  # token embeddings (V, C)
+    wpe: nn.Embedding  # position embeddings (block_size, C); learned positions only
+    drop: nn.Dropout
+    h: nn.ModuleList  # the blocks
+    ln_f: nn.Module
+
+
 class GPT(nn.Module):
     """A decoder-only Transformer. `model(idx)` gives logits (B, T, V); `model(idx, targets)` the mean loss in nats per token."""
+
+    positions: torch.Tensor | None  # see _position_table
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
         with torch.device('meta'):  # shapes only: nothing is drawn that init_weights would draw again
-            self.transformer = nn.ModuleDict(
+            self.transformer = Transformer(
                 dict(
                     wte=nn.Embedding(config.vocab_size, config.n_embd),
                     **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
@@ -558,7 +588,8 @@ class GPT(nn.Module):
         if repetition_penalty != 1:
             for i, row in enumerate(rows):
                 seen[i, row] = True
-        history, cache, tokens, written = rows, None, stop, []
+        history, cache, tokens = rows, None, stop
+        written: list[torch.Tensor] = []
         if compile and self.compiled_step is None:
             self.compiled_step = torch.compile(self.next_logits, mode='reduce-overhead' if device.type == 'cuda' else 'default')
         was_training = self.training

@@ -1,7 +1,7 @@
 """The optimizers: AdamW, and Muon for the blocks' matrices; both work on whole weights and on weights sharded by FSDP2."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every weight that has a gradient. `closure` is for the base class; it is not called."""
         params: list[tuple[torch.Tensor, dict[str, Any]]] = []
         updates: list[torch.Tensor] = []
         for group in self.param_groups:
@@ -103,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
         alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for i, (p, group) in enumerate(params):
-            alike[(*p.shape, *group['rows'])].append(i)
+            alike[tuple(p.shape) + tuple(group['rows'])].append(i)
         mesh = params[0][0].device_mesh  # type: ignore[attr-defined]
         whole = []  # per shape: the matrices that are this process's to orthogonalize, (n, rows, columns)
         for (rows, columns, *_), members in alike.items():

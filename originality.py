@@ -45,6 +45,8 @@ FORMAT = 2  # of the index; another number, and it is built again
 
 @dataclass
 class OriginalityConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     dataset: str = 'openwebtext'  # a folder, or a name under data/
     text: str = ''  # the words to check
     file: str = ''  # … or a UTF-8 text file of them
@@ -83,6 +85,7 @@ class Originality:
 
 
 def find_words(text: str) -> Iterator[re.Match[str]]:
+    """The words of a text with their places; the lines of its head are passed over."""
     return WORD.finditer(HEAD.sub(lambda head: ' ' * len(head[0]), text))
 
 
@@ -221,7 +224,7 @@ class Index:
             song = self.song(*self.find(query[4 * i : 4 * end]))
             return {'start': spans[i][0], 'end': spans[end - 1][1], 'words': end - i, 'song': song}
 
-        best = described(*most) if most else {'start': 0, 'end': 0, 'words': 0, 'song': ''}
+        best: dict[str, Any] = described(*most) if most else {'start': 0, 'end': 0, 'words': 0, 'song': ''}
         runs = [described(i, end) for i, end in found if end - i >= n]
         return Originality(judged, best['words'], text[best['start'] : best['end']], best['song'], known / grams if grams else None, n, runs)
 
@@ -304,6 +307,7 @@ def label(document: str, number: int) -> str:
 
 
 def word_bytes(ids: int) -> int:
+    """Bytes that the numbers of `ids` words need."""
     return max(1, (ids.bit_length() + 7) // 8)
 
 
@@ -483,6 +487,7 @@ class Avoid:
 
 
 def main() -> None:
+    """Check the text that the command line names."""
     config = configure(OriginalityConfig, description=(__doc__ or '').split('\n')[0])
     text = config.text
     if config.file:

@@ -35,6 +35,8 @@ from tokenizer import Tokenizer, of_pretrained
 
 @dataclass
 class SampleConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
     init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a Hugging Face folder (GPT-2, Qwen3; export.py makes them)
@@ -189,6 +191,7 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Call
 
 
 def main() -> None:
+    """Write what the command line asks for."""
     config = configure(SampleConfig, description='Write text with a trained model.')
     model, tokenizer, about = load_trained(config)
     training = cache(lambda: index_of(about.get('config', {}), config.dataset))

@@ -57,6 +57,8 @@ CURVES = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'grad_nor
 
 @dataclass
 class ServeConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # What to serve
     out_dir: str = 'out'  # a folder that train.py wrote, or a checkpoint file; '': no model, only the page's Watch tab
     init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a folder with such weights
@@ -170,6 +172,7 @@ class Gate:
         self.hosts = LOCAL if config.host in LOCAL else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
         headers = dict(scope['headers'])
@@ -210,6 +213,7 @@ class Gate:
             await refusal.response({'Connection': 'close'})(scope, receive, send)
 
     def too_large(self) -> Refusal:
+        """The answer to a body of more than `max_body` bytes: status 413."""
         return Refusal(413, f'the request is larger than {self.most} bytes', code='request_too_large')
 
 
@@ -267,7 +271,7 @@ class Writer:
         if not self.described['originality']:
             raise Refusal(400, 'the training split of this model is not at hand, so copying cannot be told', 'originality')
         if self.index is None:
-            self.index = future = Future()
+            self.index = future = Future[originality.Index]()
             future.set_running_or_notify_cancel()  # a client that goes does not end it for the others
 
             def build() -> None:
@@ -422,6 +426,7 @@ def read_curves(folder: str) -> dict[str, list[float | None]]:
 
 @functools.lru_cache(64)  # the page asks again and again
 def curves_of(path: str, changed: int, size: int, most: int = 2000) -> dict[str, list[float | None]]:
+    """The columns of a metrics.csv, its rows thinned to `most` or so; `changed` and `size` tell when to read it anew."""
     with open(path, encoding='utf-8', errors='replace', newline='') as f:
         lines = (line for line in f if len(line) < 10_000 and '\0' not in line)  # a power cut may leave zeros
         rows = [row for row in csv.DictReader(lines) if (row.get('step') or '').isdigit() and row.get('mfu') is not None]
@@ -519,7 +524,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
         writer = model()
         writer.check(ask)
         prompts = await asyncio.to_thread(writer.prompts, ask)
-        index = await asyncio.wrap_future(writer.training_words()) if ask.originality or ask.avoid_copying else None
+        index: Any = await asyncio.wrap_future(writer.training_words()) if ask.originality or ask.avoid_copying else None
         rows = await asyncio.to_thread(writer.rows, ask, prompts, index, asyncio.Queue())
         try:
             writer.engine.submit(rows)
@@ -612,6 +617,7 @@ async def watch(request: Request, row: Row) -> None:
 
 
 def main() -> None:
+    """Serve until Ctrl-C."""
     config = configure(ServeConfig, description='Serve a trained model: an API like OpenAI\'s, and a web page.')
     if not os.path.isdir(config.runs_dir):
         raise UserError(f'runs_dir={config.runs_dir}: no such folder')

@@ -117,7 +117,7 @@ class CharTokenizer(Tokenizer):
 
     kind = 'char'
 
-    def __init__(self, chars: str, special: Sequence[str] = (EOT,), **normalization: bool):
+    def __init__(self, chars: str, special: Sequence[str] = (EOT,), **normalization: Any):
         super().__init__(**normalization)
         self.chars, self.special = chars, list(special)
         self.vocab_size = len(chars) + len(self.special)
@@ -127,7 +127,7 @@ class CharTokenizer(Tokenizer):
         self._ids[[ord(c) for c in chars]] = np.arange(len(chars))
 
     @classmethod
-    def train(cls, texts: Iterable[str], special: Sequence[str] = (EOT,), **normalization: bool) -> 'CharTokenizer':
+    def train(cls, texts: Iterable[str], special: Sequence[str] = (EOT,), **normalization: Any) -> 'CharTokenizer':
         """Learn the set of characters from the texts (streamed: memory does not grow with them)."""
         normalizer, seen = Tokenizer(**normalization), set[str]()
         for text in texts:
@@ -176,7 +176,7 @@ class BPETokenizer(Tokenizer):
 
     kind = 'bpe'
 
-    def __init__(self, model: str, eot: str = EOT, **normalization: bool):
+    def __init__(self, model: str, eot: str = EOT, **normalization: Any):
         super().__init__(**normalization)
         from tokenizers import Tokenizer as Engine
 
@@ -194,7 +194,7 @@ class BPETokenizer(Tokenizer):
             self._bytes[index] = token.encode() if token in added else bytes(byte_of[c] for c in token)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 2048, **normalization: bool) -> 'BPETokenizer':
+    def train(cls, texts: Iterable[str], vocab_size: int = 2048, **normalization: Any) -> 'BPETokenizer':
         """Learn merges from the texts until there are `vocab_size` tokens: 256 bytes, the document end, the merges.
 
         Fewer if the corpus is too small for more. Raises UserError below 257 and above 65,536 (ids are stored in 16 bits).
@@ -261,7 +261,8 @@ class GPT2Tokenizer(Tokenizer):
     def _token_bytes(self, token: int) -> bytes:
         return self._engine.decode_single_token_bytes(token)
 
-    def fingerprint(self) -> str:  # known, so that its files need not be at hand
+    def fingerprint(self) -> str:
+        """What the base class would compute, known, so that its files need not be at hand."""
         return '35e8dd34a8c31284992f25ec5b1a25869cb03d8c5498c72ca14a501c2c3f794a'
 
     def _hf_engine(self) -> Any:
@@ -436,6 +437,7 @@ def read_lines(paths: Sequence[str]) -> Iterator[str]:
 
 
 def main() -> None:
+    """train, encode or decode, as the command line says."""
     parser = argparse.ArgumentParser(description='Train a tokenizer, or use one from the shell.')
     commands = parser.add_subparsers(dest='command', required=True)
     train = commands.add_parser('train', help='learn a tokenizer from text files')

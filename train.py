@@ -48,6 +48,8 @@ from tokenizer import CharTokenizer, Tokenizer, file_of_pretrained, of_pretraine
 
 @dataclass
 class TrainConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # Where things are
     out_dir: str = 'out'  # checkpoints, metrics.csv, train.log and config.json go here
     dataset: str = 'openwebtext'  # a folder, or a name under data/
@@ -412,6 +414,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     def bits(loss: float) -> str:
         return f', {loss / ratio / math.log(2):.3f} bits per byte' if ratio else ''
 
+    saved_at, saved_when = step if config.init_from == 'resume' else -1, time.perf_counter()
+
     def save(best: bool = False) -> None:
         """Write ckpt.pt, and with `best` best.pt. A full disk does not end a long run: it is said, and the last good files stay."""
         nonlocal saved_at, saved_when
@@ -491,7 +495,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     ckpt = 'ckpt' if fsdp else 'ckpt.pt'
     saved: dict[str, int] = {ckpt: step} if config.init_from == 'resume' else {}  # file: step it holds
     unsaved: dict[str, str] = {}
-    saved_at, saved_when = step if config.init_from == 'resume' else -1, time.perf_counter()
     writer = checkpoint.Writer(config.checkpoint_async is True or config.checkpoint_async == 'auto' and device.type == 'cuda', device, team.cpu_mesh)
     if config.eval_only:
         pool.shutdown()
@@ -524,7 +527,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             settle(0)
             # Evaluate, and save what we have; on a budget, evaluations take about a tenth of it at most
             due = step > 0 and step % config.eval_interval == 0
-            if share_spent is not None:
+            if share_spent is not None and config.max_minutes:
                 due = due and (share_spent - evaluated_at) * 60 * config.max_minutes >= 9 * reserve
             if step != last_eval and (over or due) and not stopping:
                 evaluating = time.perf_counter()
@@ -864,8 +867,9 @@ def catch_signals(asked: dict[str, Any]) -> Any:
             signal.raise_signal(number)
         asked['signal'], asked['at'] = asked['signal'] or number, asked['at'] or time.monotonic()
 
+    old: dict[int, Any] = {}
     try:
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        old |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         if hasattr(signal, 'SIGUSR1'):  # not on Windows
             old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: asked.update(save=1))
     except ValueError:  # not in the main thread (some notebooks): signals are someone else's
@@ -903,6 +907,7 @@ def out_of_memory(error: RuntimeError, config: TrainConfig) -> UserError | None:
 
 
 def main() -> None:
+    """Train as the command line says; lost processes and lack of memory get one line."""
     config = configure(TrainConfig, description='Train a GPT.')
     if hasattr(signal, 'SIGUSR1'):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save

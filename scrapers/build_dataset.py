@@ -40,6 +40,8 @@ BOILERPLATE = re.compile(
 
 @dataclass
 class BuildConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     input: str = 'crawl/songs.jsonl'  # what the scraper exported, or any JSON Lines of the same fields
     output: str = 'data/darklyrics/lyrics.jsonl'  # where the songs go; the report is written beside it
     # What to leave out
@@ -90,6 +92,7 @@ def words_of(lyrics: str) -> list[str]:
 
 
 def shingles(words: list[str]) -> set[str]:
+    """The runs of three words, by which near copies are known (Broder 1997)."""
     return {' '.join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
@@ -207,6 +210,7 @@ def find_doubles(songs: list[dict[str, Any]], similarity: float) -> dict[int, tu
 
 
 def main() -> None:
+    """Build the dataset that the command line names."""
     config = configure(BuildConfig, description='Turn a crawl into a clean dataset.')
     if not os.path.isfile(config.input):
         raise UserError(f'{config.input}: no such file; crawl first: python scrapers/darklyrics_scraper.py --letters=…')

@@ -59,6 +59,8 @@ MAX_BYTES, MAX_SECONDS = 5_000_000, 120  # the longest album pages are some 200 
 
 @dataclass
 class ScrapeConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # What to fetch
     letters: list[str] | None = None  # a … z and 19 (names that begin with no letter), as in --letters=a,b,19; or all
     artists: str = ''  # names, as in --artists="Quillmoth,Thawferry", or a file with a name on each line
@@ -96,6 +98,7 @@ class ScrapeConfig:
 
 
 def is_local(host: str) -> bool:
+    """Does this host name mean this machine?"""
     try:
         return host == 'localhost' or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -363,10 +366,12 @@ class Store:
             )
 
     def problem(self, path: str, reason: str) -> None:
+        """Note why a page could not be read."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
         self.db.execute('INSERT OR REPLACE INTO problems VALUES (?, ?, ?)', (path, reason, now))
 
     def has(self, path: str) -> bool:
+        """Is this page here?"""
         return self.db.execute('SELECT 1 FROM pages WHERE path = ?', (path,)).fetchone() is not None
 
     def validators(self, path: str) -> dict[str, str]:
@@ -375,6 +380,7 @@ class Store:
         return ({'If-None-Match': etag} if etag else {}) | ({'If-Modified-Since': modified} if modified else {})
 
     def children(self, path: str) -> list[tuple[str, str]]:
+        """(path, label) of the pages that this one links to, in its order."""
         return self.db.execute('SELECT child, label FROM links WHERE parent = ? ORDER BY place', (path,)).fetchall()
 
     def read_again(self) -> int:
@@ -405,9 +411,11 @@ class Store:
             os.replace(target + '.tmp', target)
 
     def close(self) -> None:
+        """Close the database."""
         self.db.close()
 
     def summary(self) -> str:
+        """What is here, in a line."""
         def count(query: str) -> int:
             return self.db.execute(query).fetchone()[0]
 
@@ -464,6 +472,7 @@ class Site:
             self.pace = self.floor = max(self.floor, float(wish))
 
     def allowed(self, path: str) -> bool:
+        """May robots.txt let us fetch this?"""
         return self.robots.can_fetch(AGENT, self.base + path)
 
     def get(self, path: str, kind: str, headers: dict[str, str]) -> tuple[int, Any, bytes, Any] | str:
@@ -520,6 +529,7 @@ class Site:
         return reason
 
     def slow_down(self) -> None:
+        """Wait twice as long between requests from now on, a minute at most."""
         self.pace = min(max(self.pace * 2, self.floor), max(60.0, self.floor))
 
     def _ask(self, path: str, headers: dict[str, str]) -> tuple[int, Any, bytes]:
@@ -581,6 +591,8 @@ def after(value: str | None) -> float:
 
 
 class Crawl:
+    """Walks from the letters to the bands and their albums, each page once."""
+
     def __init__(self, config: ScrapeConfig, store: Store, site: Site):
         self.config, self.store, self.site, self.new_albums, self.new_songs = config, store, site, 0, 0
         self.next_line = 0
@@ -663,6 +675,7 @@ def fold(name: str) -> str:
 
 
 def letter_of(name: str) -> str:
+    """The letter under which the site lists a band: a … z, or 19."""
     first = fold(name)[:1]
     return first if first.isascii() and first.isalpha() else '19'
 

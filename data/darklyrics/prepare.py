@@ -18,6 +18,8 @@ from dataset import Piece, choose_tokenizer, pick_split, read_jsonl, shown, song
 
 @dataclass
 class PrepareConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     input: str = ''  # JSON Lines, one song each; '': lyrics.jsonl beside this file if there is one, else demo.jsonl
     out_dir: str = shown(HERE)  # where the token files go
     tokenizer: str = 'bpe'  # bpe, char, gpt2, or a tokenizer.json or meta.json to use again
@@ -35,6 +37,7 @@ class PrepareConfig:
 
 
 def main() -> None:
+    """Write the token files."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     crawl = os.path.join(HERE, 'lyrics.jsonl')
     path = config.input or (crawl if os.path.exists(crawl) else os.path.join(HERE, 'demo.jsonl'))

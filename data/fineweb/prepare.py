@@ -31,6 +31,8 @@ Documents = Generator[tuple[str, Any], None, None]  # (text, place behind it): a
 
 @dataclass
 class PrepareConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # What is read
     dataset: str = 'HuggingFaceFW/fineweb-edu'  # on the Hugging Face hub; HuggingFaceFW/fineweb is the one that is not chosen for teaching
     name: str = 'sample-10BT'  # its subset: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10 and the like, or default (all)
@@ -53,6 +55,7 @@ class PrepareConfig:
 
 
 def main() -> None:
+    """Write this machine's shards."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     known = ('.jsonl', '.parquet', '.ds')
     files = [f for f in find_files([config.input], known) if os.path.getsize(f)] if config.input else []
@@ -110,6 +113,7 @@ class Ledger:
         return 'train', min(self.config.shard_tokens, self.share - self.splits['train']['tokens'])
 
     def finished(self) -> bool:
+        """Are there enough tokens, or no more documents?"""
         return self.notes['ended'] or self.next_shard()[1] <= 0
 
     def add_shard(self, make: Callable[[str], Any], place: Any, documents: int, tokens: int, size: int) -> bool:
@@ -229,6 +233,7 @@ def link_token_files(ledger: Ledger, files: list[str]) -> None:
 
 
 def link(path: str, shard: str) -> None:
+    """Make `shard` the file at `path` without copying it, or a copy where disks cannot."""
     try:
         os.link(os.path.realpath(path), shard)
     except OSError:  # another disk, or one without links; or a kill came behind this very line
@@ -237,6 +242,7 @@ def link(path: str, shard: str) -> None:
 
 
 def write_file(path: str, content: Any) -> None:
+    """`write_whole`, whose folder may be absent. Raises UserError."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         write_whole(path, content)

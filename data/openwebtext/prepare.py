@@ -19,6 +19,8 @@ from tokenizer import GPT2Tokenizer  # noqa: E402
 
 @dataclass
 class PrepareConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     input: str = ''  # a file or folder of .jsonl with a text field; '': streamed from the Hugging Face hub
     out_dir: str = shown(HERE)  # where the token files go
     val_fraction: float = 0.0005  # share of the pages kept for validation
@@ -28,6 +30,7 @@ class PrepareConfig:
 
 
 def main() -> None:
+    """Write the token files."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     by_hand = 'get the pages by hand and name them with --input=FILE (.jsonl with a text field)'
     if config.offline and not config.input:

@@ -18,6 +18,8 @@ from dataset import Piece, choose_tokenizer, find_files, pick_split, read_jsonl,
 
 @dataclass
 class PrepareConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     input: list[str] | None = None  # files and folders, as in --input=a.txt,songs/
     out_dir: str = shown(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
     encoding: str = ''  # of the files; '': detected
@@ -36,6 +38,7 @@ class PrepareConfig:
 
 
 def main() -> None:
+    """Write the token files."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     files = find_files(config.input or [])
 
