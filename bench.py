@@ -70,7 +70,10 @@ class BenchConfig:
 
 
 def child(code: str, cwd: str = HERE, env: dict[str, str] | None = None, **values: Any) -> dict[str, float]:
-    """Run Python code in a process of its own that sets `result`. Adds wall seconds and the peak memory of it and its children in MB."""
+    """Run Python code in a process of its own that sets `result`. Adds wall seconds and the peak memory of it and its children in MB.
+
+    Raises UserError if it fails.
+    """
     values |= {'HERE': HERE, 'started': time.time()}
     tail = """
 memory = 0.0
@@ -424,7 +427,10 @@ def measure_loss(table: Table, config: BenchConfig, device: str) -> None:
 
 
 def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
-    """GPT-2-size on a real corpus: the peer's loss after 300 steps, and ours after a half and a third of its tokens."""
+    """GPT-2-size on a real corpus: the peer's loss after 300 steps, and ours after a half and a third of its tokens.
+
+    Raises UserError without a dataset of GPT-2 tokens.
+    """
     if not os.path.isfile(os.path.join(config.dataset, 'train.bin')):
         raise UserError(f'dataset={config.dataset}: give a folder with train.bin and val.bin (python data/text/prepare.py --tokenizer=gpt2 makes one)')
     shape, batch = SHAPES[config.size], config.batch or 16
@@ -491,7 +497,10 @@ def measure_data(table: Table, config: BenchConfig) -> None:
 
 
 def measure_scaling(table: Table, config: BenchConfig, device: str) -> None:
-    """A step of train.py (its defaults, about 4,096 tokens) by model size, by context, and by processes that share this machine's cores or GPUs."""
+    """A step of train.py (its defaults, about 4,096 tokens) by model size, by context, and by processes that share this machine's cores or GPUs.
+
+    Raises UserError if one fails.
+    """
     import csv
 
     import numpy as np
@@ -571,7 +580,10 @@ async def ask(port: int, fields: dict[str, Any]) -> tuple[str, int, list[float]]
 
 
 async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seconds: float) -> dict[str, float]:
-    """One client for each request asks it again and again for `seconds`; the figures, with how many answers failed or were not `expected`."""
+    """One client for each request asks it again and again for `seconds`; the figures, with how many answers failed or were not `expected`.
+
+    Raises UserError if no answer was whole.
+    """
     began, firsts, gaps, counts = time.perf_counter(), list[float](), list[float](), [0] * len(asked)
     failed = wrong = answers = 0
 
@@ -605,7 +617,10 @@ async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seco
 
 
 def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
-    """serve.py with 1, 8 and 64 clients that stream, each answer compared with the same request's alone; its memory before and after."""
+    """serve.py with 1, 8 and 64 clients that stream, each answer compared with the same request's alone; its memory before and after.
+
+    Raises UserError if it does not start.
+    """
     starts = ('The rain', 'A stone in the', '', 'We sang until the lamp went out and', 'Nobody')
     asked = [dict(prompt=starts[i % len(starts)], max_tokens=config.tokens, temperature=1.0, seed=i) for i in range(64)]
     words = ['serve.py', f'--out_dir={config.out_dir}', f'--device={device}', f'--dtype={config.dtype}', '--port=0', f'--quantize={config.quantize}']

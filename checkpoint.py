@@ -297,7 +297,10 @@ def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool
 
 
 def candidates(where: str, best: bool = False) -> list[str]:
-    """The checkpoints of an out_dir in the order in which they would be used; a path to a checkpoint stands for itself alone."""
+    """The checkpoints of an out_dir in the order in which they would be used; a path to a checkpoint stands for itself alone.
+
+    Raises UserError if there is no such place.
+    """
     if os.path.isfile(where) or os.path.isfile(os.path.join(where, REST)):
         return [where]
     if not os.path.isdir(where):
@@ -501,7 +504,10 @@ def shard_like(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 def build_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
-    """The model of a loaded checkpoint with its weights in. `overrides` (dropout) change the config. Raises UserError if they do not fit."""
+    """The model of a loaded checkpoint with its weights in. `overrides` (dropout) change the config.
+
+    Raises UserError if they do not fit.
+    """
     model = empty_model(state, path, **overrides)
     model.materialize(torch.device('cpu'))
     model.load_state_dict(state['model'])
@@ -509,7 +515,7 @@ def build_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
 
 
 def empty_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
-    """`build_model` without memory for the weights, on the meta device."""
+    """`build_model` without memory for the weights, on the meta device. Raises UserError."""
     try:
         with torch.device('meta'):
             model = GPT(GPTConfig(**state['model_args'] | overrides))
@@ -525,7 +531,10 @@ def empty_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
 
 
 def tokenizer_of(state: dict[str, Any], data_dir: str = 'data') -> Tokenizer:
-    """The tokenizer in the checkpoint; for nanoGPT's, which hold none, that of its dataset's folder, else GPT-2's."""
+    """The tokenizer in the checkpoint; for nanoGPT's, which hold none, that of its dataset's folder, else GPT-2's.
+
+    Raises UserError if neither is at hand.
+    """
     if state.get('tokenizer'):
         return from_state(state['tokenizer'])
     folder = os.path.join(data_dir, str(state.get('config', {}).get('dataset', '')))

@@ -95,7 +95,10 @@ def given(config: Any) -> frozenset[str]:
 
 
 def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str, Any]:
-    """The knobs that the file sets, each checked against its type. A Python file sees the knobs' values so far as globals."""
+    """The knobs that the file sets, each checked against its type. A Python file sees the knobs' values so far as globals.
+
+    Raises UserError, with the file and the knob, for anything else.
+    """
     types_ = typing.get_type_hints(knobs)
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'

@@ -301,7 +301,7 @@ class TokenFile:
         return self.n_tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens from number `start` on, int64: `count` of them, or as many as there are."""
+        """Tokens from number `start` on, int64: `count` of them, or as many as there are. Raises UserError if the file became shorter."""
         at, size = self.before + self.width * start, self.width * max(0, min(count, self.n_tokens - start))
         if hasattr(os, 'pread'):
             raw = os.pread(self.file.fileno(), size, at)
@@ -412,7 +412,10 @@ def bytes_per_token(folder: str, split: str = 'val') -> float | None:
 
 
 def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: Any) -> Tokenizer:
-    """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
+    """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json).
+
+    Raises UserError if that file brings its own normalization.
+    """
     if name == 'gpt2':
         return GPT2Tokenizer(**normalization)
     if name == 'char':
@@ -451,7 +454,10 @@ def split_text(pieces: Iterable[str], total: int, val_fraction: float) -> Iterat
 
 
 def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md', '.jsonl')) -> list[str]:
-    """The files named, and those with these suffixes in the folders named and below, in a fixed order. Raises UserError if there are none."""
+    """The files named, and those with these suffixes in the folders named and below, in a fixed order.
+
+    Raises UserError if there are none.
+    """
     found = []
     for path in paths:
         if os.path.isfile(path):
@@ -473,6 +479,7 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
     """A text file's text in pieces of whole lines, about 64,000 characters each; line ends become \\n.
 
     Without an `encoding` it is detected: UTF-8, UTF-16 with its mark, else charset-normalizer's guess.
+    Raises UserError for an unknown encoding, or another one.
     """
     encoding = encoding or detect_encoding(path)
     try:

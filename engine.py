@@ -101,7 +101,10 @@ class Engine:
         self.cache = KVCache(model.config, first, self.room, self.device, self.dtype)  # on a CPU it grows when more write at once
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Have the rows written, in order of arrival. Raises Full if they would be more than `max_queue` waiting ones, Ended after `run()`."""
+        """Have the rows written, in order of arrival.
+
+        Raises Full if they would be more than `max_queue` waiting ones, Ended after `run()`.
+        """
         with self.changed:
             if not self.running:
                 raise Ended
@@ -257,7 +260,7 @@ class Engine:
         self.choose(list(self.active), logits)
 
     def limit(self, logits: torch.Tensor) -> torch.Tensor:
-        """In fp32, without the padding behind the tokenizer's vocabulary."""
+        """In fp32, without the padding behind the tokenizer's vocabulary. (rows, V) → (rows, vocab_size)."""
         return logits.float()[:, : self.tokenizer.vocab_size]
 
     def choose(self, rows: list[Row], logits: torch.Tensor) -> None:

@@ -171,6 +171,7 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[Any], list[st
 
     Characters become byte-level BPE whose merges put the bytes of one character together and nothing else. llama.cpp always has
     a document end, token 11 if none is named: a tokenizer without one gets a spare token behind its own.
+    Raises UserError for a tokenizer that llama.cpp cannot have.
     """
     from gguf import TokenType
 

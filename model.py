@@ -468,7 +468,10 @@ class GPT(nn.Module):
                 put(p, whole)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The last block's normalized output (B, T, C) for token ids (B, T), which follow what the cache holds."""
+        """The last block's normalized output (B, T, C) for token ids (B, T), which follow what the cache holds.
+
+        Raises ValueError if they are more than the context.
+        """
         B, T = idx.shape
         static = cache.place if cache is not None else None
         past = cache.length if cache is not None and static is None else 0

@@ -280,7 +280,10 @@ def build(files: list[str], tokenizer: Tokenizer, path: str) -> None:
 
 
 def read_text(files: list[str], pieces: list[bytes]) -> Iterator[str]:
-    """The text of token files in pieces of whole documents, or of whole lines where a document is long; '\\udcff' ends a document."""
+    """The text of token files in pieces of whole documents, or of whole lines where a document is long; '\\udcff' ends a document.
+
+    Raises UserError for a token id outside the vocabulary.
+    """
     left = b''
     shards = [TokenFile(path) for path in files]
     with tqdm(total=sum(map(len, shards)), unit='token', unit_scale=True, desc='reading words', disable=None, leave=False) as bar:

@@ -120,6 +120,7 @@ def meet(rank: int, size: int, minutes: float) -> dist.Store:
     those of the next astray: they wait for the dead (github.com/pytorch/pytorch/issues/135712). Counting attempts does not
     help, as every node counts its own. So each process leaves a new name, the first one writes all names down as the list of
     the attempt, and whoever finds its own on the list agrees; when all have, the list names the place where they meet.
+    Raises UserError when the time is over.
     """
     store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(minutes=minutes))
     name, ranks, deadline = uuid.uuid4().hex, range(size), time.monotonic() + 60 * minutes

@@ -267,7 +267,10 @@ class Writer:
             self.loop.call_soon_threadsafe(put)
 
     def training_words(self) -> 'Future[originality.Index]':
-        """The index of the training split, to be waited for: built, when it is first asked for, in a thread that ends with the program."""
+        """The index of the training split, to be waited for: built, when it is first asked for, in a thread that ends with the program.
+
+        Raises Refusal.
+        """
         if not self.described['originality']:
             raise Refusal(400, 'the training split of this model is not at hand, so copying cannot be told', 'originality')
         if self.index is None:
@@ -418,7 +421,10 @@ def printable(name: str) -> str:
 
 
 def read_curves(folder: str) -> dict[str, list[float | None]]:
-    """The columns of metrics.csv; of a long run every k-th row, and all with a validation loss. A row half-written is left out. Raises OSError."""
+    """The columns of metrics.csv; of a long run every k-th row, and all with a validation loss. A row half-written is left out.
+
+    Raises OSError.
+    """
     path = os.path.join(folder, 'metrics.csv')
     stat = os.stat(path)
     return curves_of(path, stat.st_mtime_ns, stat.st_size)

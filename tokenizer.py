@@ -68,7 +68,10 @@ class Tokenizer:
         return lambda token: utf8.decode(self.token_bytes(token))
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that one id stands for (a byte-level token may be part of a character)."""
+        """The UTF-8 bytes that one id stands for (a byte-level token may be part of a character).
+
+        Raises UserError for an id outside the vocabulary.
+        """
         if not 0 <= int(token) < self.vocab_size:
             raise UserError(f'token id {int(token)} is outside the vocabulary (0 to {self.vocab_size - 1}): another tokenizer made it')
         return self._token_bytes(int(token))
@@ -128,7 +131,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], special: Sequence[str] = (EOT,), **normalization: Any) -> 'CharTokenizer':
-        """Learn the set of characters from the texts (streamed: memory does not grow with them)."""
+        """Learn the set of characters from the texts (streamed: memory does not grow with them). Raises UserError if there are none."""
         normalizer, seen = Tokenizer(**normalization), set[str]()
         for text in texts:
             seen.update(normalizer.normalize(text))
@@ -425,7 +428,7 @@ def of_pretrained(source: str) -> Tokenizer:
 
 
 def read_lines(paths: Sequence[str]) -> Iterator[str]:
-    """The lines of UTF-8 text files, their line ends kept, one at a time."""
+    """The lines of UTF-8 text files, their line ends kept, one at a time. Raises UserError if one cannot be read."""
     for path in paths:
         try:
             with open(path, encoding='utf-8', newline='') as f:

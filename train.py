@@ -720,7 +720,7 @@ def learning_rate(config: TrainConfig, step: int, share_spent: float | None = No
 
 
 def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> None:
-    """Forward and backward."""
+    """Forward and backward. x and y (B, T); the gradients are added to those that are there."""
     with autocast:
         loss = model(x, y)
     loss.backward()
@@ -804,7 +804,10 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
 
 
 def resume_config(config: TrainConfig, state: dict[str, Any], path: str) -> TrainConfig:
-    """The checkpoint's knobs, but for those that the user set now and those of the machine."""
+    """The checkpoint's knobs, but for those that the user set now and those of the machine.
+
+    Raises UserError if there is nothing to resume, or they contradict one another.
+    """
     if 'optimizer' not in state or 'iter_num' not in state:
         raise UserError(f'{path}: holds weights only, nothing to resume; fine-tune it with --init_from={path}')
     names = {f.name for f in dataclasses.fields(TrainConfig)} - set(MACHINE_KNOBS) - given(config)
@@ -825,7 +828,10 @@ def with_knobs(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
 
 
 def load_optimizers(optimizers: dict[str, torch.optim.Optimizer], saved: dict[str, Any], path: str) -> None:
-    """Put the saved states in. Positions cropped since then are cropped in the states too. Raises UserError if they are of other optimizers."""
+    """Put the saved states in. Positions cropped since then are cropped in the states too.
+
+    Raises UserError if they are of other optimizers.
+    """
     saved = {'adamw': saved} if 'param_groups' in saved else saved
     if saved.keys() != optimizers.keys():
         raise UserError(
