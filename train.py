@@ -927,7 +927,7 @@ def main() -> None:
         raise out_of_memory(error, config) or error from None
     except UserError:
         if int(os.environ.get('LOCAL_RANK', 0)):
-            time.sleep(2)  # a mistake that all processes found is said by the first one, at whose end torchrun ends the rest
+            time.sleep(10)  # a mistake that all processes found is said by the first one, at whose end torchrun ends the rest
         raise
 
 

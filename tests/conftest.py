@@ -15,7 +15,7 @@ DEMO = ROOT / 'data' / 'darklyrics' / 'demo.jsonl'
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import torch  # noqa: E402
 
-from configurator import configure  # noqa: E402
+from configurator import configure, run  # noqa: E402
 from dataset import split_text, write_dataset  # noqa: E402
 from tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
@@ -33,6 +33,17 @@ def script(*words, cwd=ROOT, timeout=120, **env):
         timeout=timeout,
         env=os.environ | {k: str(v) for k, v in env.items()},
     )
+
+
+def mistake(capsys, main, *words):
+    """What a script's `main` says on stderr to these words, in this process (2 s less than in one of its own). It must exit with 2 and say one line."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(sys, 'argv', ['script.py', *map(str, words)])
+        run(main)
+    said = [line for line in capsys.readouterr().err.splitlines() if 'parameters, cpu' not in line]  # sample.py: which model it was
+    assert left.value.code == 2 and len(said) == 1, said
+    return said[0]
 
 
 def tiny(folder, out_dir, *more):
