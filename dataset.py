@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_state
+from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_state, train_tokenizer
 from tokenizer import load as load_tokenizer
 
 Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
@@ -412,13 +412,11 @@ def bytes_per_token(folder: str, split: str = 'val') -> float | None:
 
 
 def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
-    """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
+    """A bpe, wordpiece or char tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json)."""
     if name == 'gpt2':
         return GPT2Tokenizer(**normalization)
-    if name == 'char':
-        return CharTokenizer.train(texts(), **normalization)
-    if name == 'bpe':
-        return BPETokenizer.train(texts(), vocab_size, **normalization)
+    if name in ('bpe', 'wordpiece', 'char'):
+        return train_tokenizer(name, texts(), vocab_size, **normalization)
     if any(normalization.values()):
         raise UserError(f'tokenizer={name} brings its own normalization: leave lowercase and squeeze out')
     return load_tokenizer(name)

@@ -22,8 +22,8 @@ class PrepareConfig:
     out_dir: str = shown(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
     encoding: str = ''  # of the files; '': detected
     text_field: str = ''  # for .jsonl: which field holds the text; '': the first there is of text, lyrics, content
-    tokenizer: str = 'bpe'  # bpe (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = 2048  # for bpe: 1024 to 4096 suits a few MB of text
+    tokenizer: str = 'bpe'  # bpe or wordpiece (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
+    vocab_size: int = 2048  # for bpe and wordpiece: 1024 to 4096 suits a few MB of text
     lowercase: bool = False  # turn all text to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
     val_fraction: float = 0.1  # share kept for validation: whole documents, or each one's end if they are fewer than 20
