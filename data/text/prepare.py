@@ -13,7 +13,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
+from dataset import TEXT_FIELDS, Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main() -> None:
                 yield read_pieces(path, config.encoding)
                 continue
             for number, record in enumerate(read_jsonl(path, config.encoding), 1):
-                name = config.text_field or next((k for k in ('text', 'lyrics', 'content') if k in record), 'text')
+                name = config.text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
                 if not isinstance(record.get(name), str):
                     raise UserError(f'{path}, record {number}: no text in the field {name!r}; name another with --text_field')
                 yield iter([record[name]])
