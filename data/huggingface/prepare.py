@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def main() -> None:
     print(f'train on it: python train.py config/small.py --dataset={used} --out_dir=out-{os.path.basename(out_dir)}')
 
 
-def stream(config: PrepareConfig, split: str, notes: dict[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+def stream(config: PrepareConfig, split: str, notes: dict[str, Any] | None = None) -> Generator[tuple[str, Any], None, None]:
     """(text, place behind it) of each document of the split that is not empty, `num_samples` at most, from notes['place'] on.
 
     The commit is written into notes['revision'] before it is read: a place in one commit is none in another. Raises UserError.
