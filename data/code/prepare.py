@@ -68,8 +68,8 @@ def group_files(roots: list[str]) -> dict[str, list[tuple[str, str]]]:
             parts = os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(path)).split(os.sep)
             if path.endswith('.py') and not NOT_THEIRS & set(parts[:-1]):
                 found[parts[0].removesuffix('.py')].append(('/'.join(parts), path))
-    if len(found) < 20:
-        return {name: [(name, path)] for files in found.values() for name, path in files}
+    if len(found) < 20:  # numbered, for files of two roots may have one name
+        return {f'{package} {number}': [file] for package, files in found.items() for number, file in enumerate(files)}
     return found
 
 
