@@ -17,19 +17,22 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_state
+from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_state, train_tokenizer
 from tokenizer import load as load_tokenizer
 
 Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
 HEADERS, HEADER_BYTES = {20240520: (1, 2), 20240801: (7, 4)}, 1024  # llm.c's magic numbers, versions, and bytes of an id
+TEXT_FIELDS = ('text', 'lyrics', 'content')  # of a record, the first of these that is there holds its words
+WAITS = (10, 60, 300)  # seconds before a broken stream is opened again; the libraries below have by then tried for minutes themselves
 U64 = np.uint64
 
 
@@ -91,7 +94,7 @@ def write_dataset(
         for split in need:
             if splits[split]['tokens'] < 2:
                 raise UserError(
-                    f'the {split} split came out empty: too little text in {source or "the input"}, or val_fraction is too small or too large'
+                    f'the {split} split came out empty: too little text in {source or "the input"}, or the share kept for validation is too small or too large'
                 )
         meta = {
             'tokenizer': tokenizer.state(),
@@ -412,16 +415,14 @@ def bytes_per_token(folder: str, split: str = 'val') -> float | None:
 
 
 def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: Any) -> Tokenizer:
-    """A char or bpe tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json).
+    """A bpe, wordpiece or char tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json).
 
     Raises UserError if that file brings its own normalization.
     """
     if name == 'gpt2':
         return GPT2Tokenizer(**normalization)
-    if name == 'char':
-        return CharTokenizer.train(texts(), **normalization)
-    if name == 'bpe':
-        return BPETokenizer.train(texts(), vocab_size, **normalization)
+    if name in ('bpe', 'wordpiece', 'char'):
+        return train_tokenizer(name, texts(), vocab_size, **normalization)
     if any(normalization.values()):
         raise UserError(f'tokenizer={name} brings its own normalization: leave lowercase and squeeze out')
     return load_tokenizer(name)
@@ -525,6 +526,34 @@ def read_jsonl(path: str, encoding: str = '') -> Iterator[dict[str, Any]]:
                 if not isinstance(record, dict):
                     raise UserError(f'{path}, line {number}: expected an object, as in {{"text": "…"}}')
                 yield record
+
+
+def read_stream(
+    open_stream: Callable[[], Any], source: str, place: Any = None, waits: Sequence[float] = WAITS, hint: str = '', kept: str = ''
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(row, place behind it) of a streamed dataset of the `datasets` library; a stream opened at that place goes on with the next row.
+
+    One that breaks is opened again where it broke, after each of `waits` seconds; so is none that never gave a row. Raises UserError
+    that tells the library's reason, then `kept` if there was a row, else `hint`; one that `open_stream` raises is passed on.
+    """
+    left: Iterator[float] = iter(())
+    while True:
+        try:
+            stream = open_stream()
+            if place:
+                stream.load_state_dict(place)
+            for row in stream:
+                place, left = stream.state_dict(), iter(waits)
+                yield row, place
+            return
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise many kinds, and any can be the network's
+            reason = f'{source} cannot be read ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
+        if not (wait := next(left, 0)):
+            raise UserError('; '.join(filter(None, [reason, place and kept or hint or 'look to the name, the files, the network'])))
+        print(f'{reason}; trying again in {wait} s', file=sys.stderr)
+        time.sleep(wait)
 
 
 def download(url: str, path: str, sha256: str | None = None, offline: bool = False) -> str:

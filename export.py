@@ -175,6 +175,8 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[Any], list[st
     """
     from gguf import TokenType
 
+    if tokenizer.kind == 'wordpiece':
+        raise UserError("format=gguf: llama.cpp knows BERT's WordPiece alone, not one of bytes; use --format=hf, or train with --tokenizer=bpe")
     engine, printed = tokenizer.to_hf(), bytes_to_unicode()
     tokens = [''.join(printed[b] for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     types = [TokenType.NORMAL] * len(tokens)

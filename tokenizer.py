@@ -1,4 +1,4 @@
-"""Text ⇄ token ids: characters, a byte-level BPE trained on your corpus, or GPT-2's BPE, behind one interface.
+"""Text ⇄ token ids: characters, byte-level BPE or WordPiece trained on your corpus, or GPT-2's BPE, behind one interface.
 
     python tokenizer.py train songs.txt more.txt --vocab_size=2048 --out=tokenizer.json
     python tokenizer.py encode --tokenizer=tokenizer.json "Hail the rain"      (or text on stdin)
@@ -29,7 +29,7 @@ UNK = '<|unk|>'
 
 
 class Tokenizer:
-    """What the three kinds share. `vocab_size` counts special tokens; `eot`, `bos`, `pad` and `unk` are ids or None."""
+    """What the kinds share. `vocab_size` counts special tokens; `eot`, `bos`, `pad` and `unk` are ids or None."""
 
     kind: str
     vocab_size: int
@@ -206,13 +206,10 @@ class BPETokenizer(Tokenizer):
             raise UserError(
                 f'vocab_size={vocab_size}: expected 257 (the 256 bytes and the document end) to 65536 (ids are stored in 16 bits)'
             )
-        from tokenizers import Tokenizer as Engine
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import pre_tokenizers
 
-        engine = Engine(models.BPE())
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        engine.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        engine, trainer_of_kind = cls._untrained()
+        trainer = trainer_of_kind(
             vocab_size=vocab_size,
             special_tokens=[EOT],
             min_frequency=2,
@@ -221,7 +218,18 @@ class BPETokenizer(Tokenizer):
         )
         normalizer = Tokenizer(**normalization)
         engine.train_from_iterator((normalizer.normalize(t) for t in texts), trainer)
-        return cls(engine.to_str(), **normalization)
+        return cls(engine.to_str(), EOT, **normalization)
+
+    @classmethod
+    def _untrained(cls) -> tuple[Any, Callable[..., Any]]:
+        """The library's tokenizer before it has learned anything, and its trainer."""
+        from tokenizers import Tokenizer as Engine
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        engine = Engine(models.BPE())
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = decoders.ByteLevel()
+        return engine, trainers.BpeTrainer
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(e.ids, dtype=np.int32) for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -236,6 +244,40 @@ class BPETokenizer(Tokenizer):
 
     def _state(self) -> dict[str, Any]:
         return {'model': json.loads(self._engine.to_str())} | ({} if self._eot_name == EOT else {'eot': self._eot_name})
+
+
+class WordPieceTokenizer(BPETokenizer):
+    """WordPiece over bytes, by the `tokenizers` library: of each word the longest token that begins it, then of the rest, and so on.
+
+    BPE joins a word's bytes in the order in which the merges were learned; here the merges are forgotten, only their results count
+    (Schuster and Nakajima, "Japanese and Korean Voice Search", 2012; Devlin et al., "BERT", 2019). Any text round-trips exactly, which BERT's
+    does not: that one drops blanks, splits off punctuation, and has [UNK] for what it does not know. So three things of BERT's are not here:
+    the ## before a piece that continues a word (a space before the word marks its begin, as in GPT-2's BPE, and a piece is one token wherever
+    it stands), the [UNK], and its limit of 100 characters a word, behind which a longer run of bytes is cut here. The pieces are chosen as the
+    library does, by how frequent a pair is, and not by the likelihood of the 2012 paper.
+    """
+
+    kind = 'wordpiece'
+    longest = 100  # bytes: to look for the longest token takes the square of it
+
+    def __init__(self, model: str, eot: str = EOT, **normalization: bool):
+        state, ours = json.loads(model), json.loads(self._untrained()[0].to_str())
+        if {**state['model'], 'vocab': {}} != ours['model'] or any(state.get(k) != ours[k] for k in ('pre_tokenizer', 'normalizer', 'decoder')):
+            raise UserError("its WordPiece is not the byte-level one that is trained here (BERT's loses blanks and unknown characters)")
+        super().__init__(model, eot, **normalization)
+        if missing := set(bytes_to_unicode().values()) - set(state['model']['vocab']):
+            raise UserError(f'its vocabulary lacks {len(missing)} of the 256 bytes')
+
+    @classmethod
+    def _untrained(cls) -> tuple[Any, Callable[..., Any]]:
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Engine
+
+        engine = Engine(models.WordPiece(unk_token=UNK, continuing_subword_prefix='', max_input_chars_per_word=cls.longest))
+        cut = pre_tokenizers.Split(Regex(f'.{{1,{cls.longest}}}'), 'isolated')
+        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False), cut])
+        engine.decoder = decoders.ByteLevel()
+        return engine, functools.partial(trainers.WordPieceTrainer, continuing_subword_prefix='')
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -315,7 +357,7 @@ def hf_normalizer(lowercase: bool, squeeze: bool) -> Any:
 
 
 def from_hf(state: dict[str, Any], eot: str = EOT) -> Tokenizer:
-    """The tokenizer of a Hugging Face tokenizer.json: byte-level BPE, or characters as `to_hf` writes them.
+    """The tokenizer of a Hugging Face tokenizer.json: byte-level BPE, or WordPiece and characters as `to_hf` writes them.
 
     `eot` is its document end if it has no <|endoftext|>. Raises UserError for another kind, or the library's errors for a damaged one.
     """
@@ -326,16 +368,18 @@ def from_hf(state: dict[str, Any], eot: str = EOT) -> Tokenizer:
             engine['normalizer'], normalization = None, {'lowercase': lowercase, 'squeeze': squeeze}
     added = sorted((token['id'], token['content']) for token in state['added_tokens'])
     vocab: dict[str, int] = state['model']['vocab']
+    name = EOT if EOT in vocab or EOT in [content for _, content in added] else eot
     if state['model'].get('type', 'BPE') == 'BPE':
-        name = EOT if EOT in vocab or EOT in [content for _, content in added] else eot
         return BPETokenizer(json.dumps(engine), name, **normalization)
+    if state['model']['type'] == 'WordPiece':
+        return WordPieceTokenizer(json.dumps(engine), name, **normalization)
     if state['model']['type'] == 'WordLevel':
         symbols = sorted(vocab, key=lambda s: vocab[s])
         found = CharTokenizer(''.join(symbols[: len(symbols) - len(added)]), [content for _, content in added], **normalization)
         theirs = found.to_hf()
         if all(theirs[part] == state.get(part) for part in ('model', 'pre_tokenizer', 'normalizer')):
             return found
-    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or characters as export.py writes them')
+    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or WordPiece or characters as export.py writes them')
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -344,8 +388,9 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
     try:
         if state['kind'] == 'char':
             return CharTokenizer(state['chars'], state['special'], **normalization)
-        if state['kind'] == 'bpe':
-            return BPETokenizer(json.dumps(state['model']), state.get('eot', EOT), **normalization)
+        for kind in BPETokenizer, WordPieceTokenizer:
+            if state['kind'] == kind.kind:
+                return kind(json.dumps(state['model']), state.get('eot', EOT), **normalization)
         if state['kind'] == 'gpt2':
             return GPT2Tokenizer(**normalization)
     except KeyError as error:
@@ -354,7 +399,7 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
         raise
     except Exception as error:  # the library behind a kind raises plain Exceptions
         raise UserError(f'this tokenizer description is damaged ({type(error).__name__}: {str(error)[:80]})') from None
-    raise UserError(f'unknown tokenizer kind {state["kind"]!r}: expected char, bpe or gpt2')
+    raise UserError(f'unknown tokenizer kind {state["kind"]!r}: expected bpe, wordpiece, char or gpt2')
 
 
 def load(path: str) -> Tokenizer:
@@ -427,6 +472,13 @@ def of_pretrained(source: str) -> Tokenizer:
     return tokenizer
 
 
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
+    """A tokenizer of this kind (bpe, wordpiece or char, which needs no `vocab_size`), trained on the texts. Raises UserError."""
+    if kind == 'char':
+        return CharTokenizer.train(texts, (EOT,), **normalization)
+    return (WordPieceTokenizer if kind == 'wordpiece' else BPETokenizer).train(texts, vocab_size, **normalization)
+
+
 def read_lines(paths: Sequence[str]) -> Iterator[str]:
     """The lines of UTF-8 text files, their line ends kept, one at a time. Raises UserError if one cannot be read."""
     for path in paths:
@@ -445,8 +497,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest='command', required=True)
     train = commands.add_parser('train', help='learn a tokenizer from text files')
     train.add_argument('files', nargs='+', metavar='FILE')
-    train.add_argument('--kind', choices=('bpe', 'char'), default='bpe')
-    train.add_argument('--vocab_size', type=int, default=2048, help='for bpe: how many tokens (default 2048)')
+    train.add_argument('--kind', choices=('bpe', 'wordpiece', 'char'), default='bpe')
+    train.add_argument('--vocab_size', type=int, default=2048, help='for bpe and wordpiece: how many tokens (default 2048)')
     train.add_argument('--lowercase', action='store_true', help='turn all text to lower case first')
     train.add_argument('--squeeze', action='store_true', help='squeeze runs of blanks and of empty lines first')
     train.add_argument('--out', default='tokenizer.json', help='the file to write (default tokenizer.json)')
@@ -458,7 +510,7 @@ def main() -> None:
     if args.command == 'train':
         options = {'lowercase': args.lowercase, 'squeeze': args.squeeze}
         texts = read_lines(args.files)
-        tokenizer = CharTokenizer.train(texts, **options) if args.kind == 'char' else BPETokenizer.train(texts, args.vocab_size, **options)
+        tokenizer = train_tokenizer(args.kind, texts, args.vocab_size, **options)
         tokenizer.save(args.out)
         print(f'wrote {args.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens')
     elif args.command == 'encode':

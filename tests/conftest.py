@@ -1,5 +1,6 @@
 """What the tests share: a small dataset, a small trained model, and ways to run the scripts."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,3 +102,12 @@ def trained(tmp_path_factory, chars):
     out = tmp_path_factory.mktemp('trained')
     train(tiny(chars, out, '--max_iters=60'))
     return out
+
+
+def load_script(monkeypatch, path):
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f'{path.parent.name}_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module

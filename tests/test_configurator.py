@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, given
+from configurator import ALIASES, AMBIGUOUS, UserError, configure, convert_file, given
 from tests.conftest import ROOT, script
 
 
@@ -154,6 +154,88 @@ def test_our_configs_are_sound(path):
     from train import TrainConfig
 
     configure(TrainConfig, [str(path)])
+
+
+OLD = {
+    'model': {'hidden_size': 64, 'num_layers': 2, 'num_heads': 2, 'context_length': 32, 'resid_pdrop': 0.1, 'attn_pdrop': 0.1, 'vocab_size': 65},
+    'training': {'lr': '3e-3', 'maxSteps': 12, 'warmup-steps': 2, 'betas': [0.8, 0.9], 'eval_steps': 5, 'learning_rat': 1, 'dtype': 'fp32'},
+    'seed': 7,
+    'optimizer': 'adamw',
+}
+NEW = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.1, optimizer='adamw', learning_rate=3e-3, max_iters=12) | dict(
+    beta1=0.8, beta2=0.9, warmup_iters=2, dtype='float32', seed=7
+)
+
+
+def test_other_projects_words_are_ours_and_mean_one_thing():
+    from train import TrainConfig
+
+    knobs = set(TrainConfig.__dataclass_fields__)
+    assert set(ALIASES.values()) <= knobs and not set(ALIASES) & knobs and not set(AMBIGUOUS) & (knobs | set(ALIASES))
+    listed = (ROOT / 'configurator.py').read_text(encoding='utf-8').split('ALIASES = {')[1].split('DATA =')[0].split('.items()')[0]
+    words = [word for line in listed.splitlines()[2:] if ': ' in line for word in line.split(': ')[1].strip("',").split()]
+    assert len(words) == len(set(words)) == len(ALIASES), 'none is listed twice'
+
+
+@pytest.mark.parametrize('old', ['old.json', 'old.yaml', 'old.yml'])
+@pytest.mark.parametrize('new', ['new.json', 'new.yaml', 'new.yml', 'new.py'])
+def test_old_configs(tmp_path, capsys, old, new):
+    import yaml
+
+    from train import TrainConfig
+
+    (tmp_path / old).write_text(json.dumps(OLD) if old.endswith('json') else yaml.safe_dump(OLD))
+    convert_file(str(tmp_path / old), str(tmp_path / new), TrainConfig)
+    config = configure(TrainConfig, [str(tmp_path / new)])
+    assert given(config) == set(NEW) and {name: getattr(config, name) for name in NEW} == NEW
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(old in line for line in said), 'a line for each that is left out'
+    for message in (
+        'model.vocab_size has no place here',
+        'training.eval_steps has no place here and is left out; it can mean eval_interval or eval_iters',
+        'training.learning_rat has no place here and is left out; did you mean learning_rate?',
+    ):
+        assert any(message in line for line in said)
+
+
+@pytest.mark.parametrize(
+    'old, text, new, message',
+    [
+        ('missing.json', None, 'new.yaml', 'missing.json: FileNotFoundError'),
+        ('old.json', '{', 'new.yaml', 'old.json: JSONDecodeError'),
+        ('old.yaml', 'a: [', 'new.yaml', 'old.yaml: ParserError'),
+        ('old.yaml', '!!python/object/apply:os.system [echo]', 'new.yaml', 'old.yaml: ConstructorError'),
+        ('old.json', '[1]', 'new.yaml', 'expected a mapping'),
+        ('old.json', '{"lr": 1e-3}', 'new.toml', 'new.toml: expected a name that ends in .json or .yaml'),
+        ('old.py', 'lr = 1e-3', 'new.yaml', 'old.py: expected a name that ends in .json'),
+        ('old.json', '{"lr": 1e-3}', 'there.yaml', 'there.yaml: is there already'),
+        ('old.json', '{"lr": "fast"}', 'new.yaml', 'old.json: lr=fast: expected a number'),
+        ('old.json', '{"train": {"max_steps": -1}}', 'new.yaml', 'old.json: max_iters=-1: expected 0 or more'),
+        ('old.json', '{"a": {"lr": 1e-3}, "b": {"learning_rate": 1e-4}}', 'new.yaml', 'a.lr and b.learning_rate both are learning_rate'),
+        ('old.json', '{"model": {"n_embd": 10, "n_head": 3}}', 'new.yaml', 'old.json: '),
+        ('old.json', '{"colour": "red"}', 'new.yaml', 'nothing in it has a place here'),
+        ('old.json', '{}', 'new.yaml', 'nothing in it has a place here'),
+    ],
+)
+def test_old_configs_with_mistakes(tmp_path, old, text, new, message):
+    from train import TrainConfig
+
+    (tmp_path / 'there.yaml').write_text('mine')
+    if text is not None:
+        (tmp_path / old).write_text(text)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        convert_file(str(tmp_path / old), str(tmp_path / new), TrainConfig)
+    assert message in str(error.value) and '\n' not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / 'there.yaml').read_text() == 'mine'
+
+
+def test_an_old_config_from_the_shell(tmp_path):
+    (tmp_path / 'old.json').write_text(json.dumps(OLD))
+    done = script('configurator.py', 'convert', tmp_path / 'old.json', tmp_path / 'new.yaml')
+    assert done.returncode == 0 and f'train.py {tmp_path / "new.yaml"}' in done.stdout and done.stderr.count('\n') == 3
+    again = script('configurator.py', 'convert', tmp_path / 'old.json', tmp_path / 'new.yaml')
+    assert again.returncode == 2 and again.stderr.count('\n') == 1 and 'is there already' in again.stderr
 
 
 def test_sizes():

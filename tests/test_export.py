@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from pretrained import from_pretrained, is_pretrained
 from sample import SampleConfig, load_model
 from tests.conftest import ROOT, gpt2, script, tiny
-from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, Tokenizer, from_hf, load, of_pretrained
+from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, Tokenizer, WordPieceTokenizer, from_hf, load, of_pretrained
 from train import train
 
 SHAPES = {
@@ -56,6 +56,7 @@ def tokenizers(demo_text):
 
     return Kinds(
         bpe=BPETokenizer.train([demo_text], 400),
+        wordpiece=WordPieceTokenizer.train([demo_text], 400, lowercase=True, squeeze=True),
         lower=BPETokenizer.train([demo_text], 400, lowercase=True, squeeze=True),
         char=CharTokenizer.train([KNOWN]),
         no_end=CharTokenizer.train([KNOWN], special=(), lowercase=True, squeeze=True),
@@ -97,7 +98,7 @@ def test_transformers_computes_the_same(tmp_path, tokenizers, shape, kind):
     assert words == greedy(model, tokenizer, 'the rain')
 
 
-@pytest.mark.parametrize('kind', ['bpe', 'lower', 'gpt2', 'char', 'no_end', 'lenient'])
+@pytest.mark.parametrize('kind', ['bpe', 'lower', 'wordpiece', 'gpt2', 'char', 'no_end', 'lenient'])
 def test_transformers_reads_the_same_tokens(tmp_path, tokenizers, kind):
     transformers = pytest.importorskip('transformers')
     tokenizer = tokenizers[kind]
@@ -115,7 +116,7 @@ def test_transformers_reads_the_same_tokens(tmp_path, tokenizers, kind):
 
 
 def test_the_tokenizer_comes_back(tmp_path, tokenizers):
-    for kind in 'bpe', 'lower', 'char', 'no_end', 'lenient', 'gpt2':
+    for kind in 'bpe', 'lower', 'wordpiece', 'char', 'no_end', 'lenient', 'gpt2':
         (tmp_path / kind).mkdir()
         (tmp_path / kind / 'tokenizer.json').write_text(json.dumps(tokenizers[kind].to_hf()))
         back = load(str(tmp_path / kind / 'tokenizer.json'))
@@ -168,6 +169,12 @@ def test_foreign_tokenizers(tmp_path):
     for name, message in ('other', 'only byte-level BPE'), ('unigram', 'Unigram'):
         with pytest.raises(UserError, match=f'{name}.json: .*{message}'):
             load(str(tmp_path / f'{name}.json'))
+
+
+def test_llama_cpp_has_no_wordpiece_of_bytes(tmp_path, tokenizers):
+    with pytest.raises(UserError, match='format=gguf: .*WordPiece.*--format=hf'):
+        exported(tmp_path, tokenizers['wordpiece'], '--format=gguf', n_layer=1, n_embd=4, n_head=1)
+    assert not list(tmp_path.glob('x.gguf*'))
 
 
 def test_gpt2s_older_two_files(tmp_path, demo_text):

@@ -4,7 +4,18 @@ import pytest
 
 from configurator import UserError
 from tests.conftest import DEMO, gpt2, script
-from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, from_state, load
+from tokenizer import (
+    EOT,
+    UNK,
+    BPETokenizer,
+    CharTokenizer,
+    WordPieceTokenizer,
+    bytes_to_unicode,
+    from_hf,
+    from_state,
+    load,
+    train_tokenizer,
+)
 
 UNICODE = [
     '',
@@ -26,19 +37,29 @@ def bpe(demo_text):
     return BPETokenizer.train([demo_text], 600)
 
 
+@pytest.fixture(scope='module')
+def wordpiece(demo_text):
+    return WordPieceTokenizer.train([demo_text], 600)
+
+
+@pytest.fixture(params=['bpe', 'wordpiece'])
+def of_bytes(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize('text', UNICODE, ids=repr)
-def test_bytes_round_trip(bpe, text):
-    assert bpe.decode(bpe.encode(text)) == text
-    assert bpe.eot not in bpe.encode(text), 'special tokens written out are plain text'
+def test_bytes_round_trip(of_bytes, text):
+    assert of_bytes.decode(of_bytes.encode(text)) == text
+    assert of_bytes.eot not in of_bytes.encode(text), 'special tokens written out are plain text'
 
 
-def test_round_trip_of_the_corpus(bpe):
+def test_round_trip_of_the_corpus(of_bytes):
     for line in DEMO.read_text(encoding='utf-8').splitlines():
         song = json.loads(line)['lyrics']
-        assert bpe.decode(bpe.encode(song)) == song
+        assert of_bytes.decode(of_bytes.encode(song)) == song
 
 
-def test_fuzzed_round_trip(bpe):
+def test_fuzzed_round_trip(of_bytes):
     import random
 
     dice = random.Random(0)
@@ -47,13 +68,13 @@ def test_fuzzed_round_trip(bpe):
             chr(dice.choice([dice.randrange(32, 127), dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)]))
             for _ in range(dice.randrange(30))
         )
-        assert bpe.decode(bpe.encode(text)) == text
+        assert of_bytes.decode(of_bytes.encode(text)) == text
 
 
-def test_streamed_text_is_the_decoded_text(bpe):
+def test_streamed_text_is_the_decoded_text(of_bytes):
     text = 'Ω🦇 rain — näher 日本'
-    step = bpe.stream_decoder()
-    pieces = [step(i) for i in bpe.encode(text)]
+    step = of_bytes.stream_decoder()
+    pieces = [step(i) for i in of_bytes.encode(text)]
     assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces)
 
 
@@ -61,6 +82,50 @@ def test_bpe_training_is_repeatable_and_merges(demo_text, bpe):
     again = BPETokenizer.train([demo_text], 600)
     assert again.state() == bpe.state() and bpe.vocab_size == 600
     assert len(bpe.encode(demo_text)) < 0.6 * len(demo_text.encode())
+
+
+def test_wordpiece_takes_the_longest_token(demo_text, wordpiece):
+    """Against its definition, written out here: in each word of GPT-2's splitting the longest token that fits, again and again."""
+    from tokenizers import pre_tokenizers
+
+    again = WordPieceTokenizer.train([demo_text], 600)
+    assert again.state() == wordpiece.state() and wordpiece.vocab_size == 600
+    id_of = {wordpiece.token_bytes(i): i for i in range(600) if i != wordpiece.eot}
+    byte_of = {c: b for b, c in bytes_to_unicode().items()}
+    expected = []
+    for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(demo_text):
+        rest = bytes(byte_of[c] for c in word)
+        while rest:
+            size = next(n for n in range(len(rest), 0, -1) if rest[:n] in id_of)
+            expected.append(id_of[rest[:size]])
+            rest = rest[size:]
+    assert wordpiece.encode(demo_text) == expected
+    assert len(expected) < 0.6 * len(demo_text.encode())
+
+
+@pytest.mark.parametrize('word', ['é', '日本語', '#', '\n', 'the'])
+def test_wordpiece_has_no_limit_on_words(wordpiece, word):
+    assert wordpiece.decode(wordpiece.encode(word * 5000)) == word * 5000
+
+
+def test_wordpiece_is_ours_alone(tmp_path, wordpiece):
+    """BERT's own kind is refused, by name; ours comes back from Hugging Face's file, normalization and all."""
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import models, pre_tokenizers
+
+    bert = Engine(models.WordPiece({'[UNK]': 0, 'rain': 1, '##s': 2}, unk_token='[UNK]'))
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bert.save(str(tmp_path / 'bert.json'))
+    with pytest.raises(UserError, match='bert.json: its WordPiece is not the byte-level one'):
+        load(str(tmp_path / 'bert.json'))
+    lower = WordPieceTokenizer.train(['the rain THE RAIN'], 270, lowercase=True, squeeze=True)
+    for tokenizer in wordpiece, lower:
+        assert from_hf(tokenizer.to_hf()).state() == tokenizer.state()
+    assert lower.decode(lower.encode('THE   Rain')) == 'the rain'
+    cut = json.loads(json.dumps(wordpiece.state()))
+    del cut['model']['model']['vocab']['Ġ']
+    with pytest.raises(UserError, match='lacks 1 of the 256 bytes'):
+        from_state(cut)
 
 
 def test_char_names_the_unknown_character():
@@ -96,14 +161,14 @@ def test_the_byte_table_is_gpt2s():
         assert engine._engine.encode_single_token(bytes([b])) < 256
 
 
-def test_save_and_load(tmp_path, bpe):
-    for tokenizer in bpe, CharTokenizer.train(['abc'], special=()):
+def test_save_and_load(tmp_path, bpe, wordpiece):
+    for tokenizer in bpe, wordpiece, CharTokenizer.train(['abc'], special=()):
         path = str(tmp_path / 't.json')
         tokenizer.save(path)
         assert load(path).state() == tokenizer.state() == from_state(json.loads(json.dumps(tokenizer.state()))).state()
 
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{"kind": "wordpiece"}', '{"kind": "char"}', '{"kind": "bpe", "model": {}}'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"kind": "unigram"}', '{"kind": "wordpiece"}', '{"kind": "char"}', '{"kind": "bpe", "model": {}}'])
 def test_foreign_files(tmp_path, text):
     (tmp_path / 't.json').write_text(text)
     with pytest.raises(UserError, match='t.json|tokenizer'):
@@ -112,16 +177,18 @@ def test_foreign_files(tmp_path, text):
 
 def test_bad_sizes_and_ids(bpe):
     for size in 0, 256, 70000:
-        with pytest.raises(UserError, match=f'vocab_size={size}'):
-            BPETokenizer.train(['abc'], size)
+        for kind in 'bpe', 'wordpiece':
+            with pytest.raises(UserError, match=f'vocab_size={size}'):
+                train_tokenizer(kind, ['abc'], size)
     with pytest.raises(UserError, match='600 is outside the vocabulary'):
         bpe.decode([600])
 
 
-def test_from_the_shell(tmp_path, demo_text):
+@pytest.mark.parametrize('kind', ['bpe', 'wordpiece'])
+def test_from_the_shell(tmp_path, demo_text, kind):
     (tmp_path / 'songs.txt').write_text(demo_text, encoding='utf-8')
     out = tmp_path / 't.json'
-    assert script('tokenizer.py', 'train', tmp_path / 'songs.txt', '--vocab_size=500', f'--out={out}').returncode == 0
+    assert script('tokenizer.py', 'train', tmp_path / 'songs.txt', f'--kind={kind}', '--vocab_size=500', f'--out={out}').returncode == 0
     ids = script('tokenizer.py', 'encode', f'--tokenizer={out}', 'Hail the näin').stdout.split()
     assert script('tokenizer.py', 'decode', f'--tokenizer={out}', *ids).stdout == 'Hail the näin'
     wrong = script('tokenizer.py', 'encode', '--tokenizer=missing.json', 'x')

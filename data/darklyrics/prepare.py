@@ -22,8 +22,8 @@ class PrepareConfig:
 
     input: str = ''  # JSON Lines, one song each; '': lyrics.jsonl beside this file if there is one, else demo.jsonl
     out_dir: str = shown(HERE)  # where the token files go
-    tokenizer: str = 'bpe'  # bpe, char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = 4096  # for bpe: enough that most common words are one token
+    tokenizer: str = 'bpe'  # bpe, wordpiece, char, gpt2, or a tokenizer.json or meta.json to use again
+    vocab_size: int = 4096  # for bpe and wordpiece: enough that most common words are one token
     lowercase: bool = False  # turn all words to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
     val_fraction: float = 0.08  # share of the songs kept for validation

@@ -21,10 +21,9 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import find_files, read_jsonl, shown, write_whole  # noqa: E402
+from dataset import WAITS, find_files, read_jsonl, read_stream, shown, write_whole  # noqa: E402
 from tokenizer import GPT2Tokenizer  # noqa: E402
 
-WAITS = (10, 60, 300)  # seconds before a broken stream is opened again; the libraries below have by then tried for minutes themselves
 KEPT = 'the finished shards are kept, and the same command goes on behind them'
 Documents = Generator[tuple[str, Any], None, None]  # (text, place behind it): a stream opened at that place goes on with the next
 
@@ -181,33 +180,21 @@ def from_datasets(ledger: Ledger, files: list[str]) -> Documents:
         from huggingface_hub import HfApi
     except ImportError:
         raise UserError('the hub and .parquet are read by the datasets library: pip install datasets; or name .jsonl with --input') from None
-    config, notes, waits = ledger.config, ledger.notes, iter(())
-    place = notes['place']
-    while True:
-        try:
-            if files:
-                stream = load_dataset('parquet', data_files=files, split='train', streaming=True)
-            else:  # a place in one commit is none in another
-                notes['revision'] = notes['revision'] or HfApi().dataset_info(config.dataset).sha
-                stream = load_dataset(config.dataset, config.name or None, split='train', streaming=True, revision=notes['revision'])
-            whole = stream.num_shards >= ledger.parts  # files, so that only one part downloads each; else every n-th document
-            stream = stream.shard(ledger.parts, ledger.index, False) if whole else split_dataset_by_node(stream, ledger.index, ledger.parts)
-            if place:
-                stream.load_state_dict(place)
-            for row in stream:
-                if not isinstance(row.get('text'), str):
-                    raise UserError(f'{notes["source"]}: no field text in it, but {", ".join(row)}')
-                place, waits = stream.state_dict(), iter(() if files else WAITS)
-                yield row['text'], place
-            return
-        except UserError:
-            raise
-        except Exception as error:  # the libraries raise many kinds, and any can be the network's
-            reason = f'{notes["source"]} cannot be read ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
-        if not (wait := next(waits, 0)):
-            raise UserError(f'{reason}; {KEPT if place else "look to the name, the files, the network"}')
-        print(f'{reason}; trying again in {wait} s', file=sys.stderr)
-        time.sleep(wait)
+    config, notes = ledger.config, ledger.notes
+
+    def open_stream() -> Any:
+        if files:
+            stream = load_dataset('parquet', data_files=files, split='train', streaming=True)
+        else:  # a place in one commit is none in another
+            notes['revision'] = notes['revision'] or HfApi().dataset_info(config.dataset).sha
+            stream = load_dataset(config.dataset, config.name or None, split='train', streaming=True, revision=notes['revision'])
+        whole = stream.num_shards >= ledger.parts  # files, so that only one part downloads each; else every n-th document
+        return stream.shard(ledger.parts, ledger.index, False) if whole else split_dataset_by_node(stream, ledger.index, ledger.parts)
+
+    for row, place in read_stream(open_stream, notes['source'], notes['place'], () if files else WAITS, kept=KEPT):
+        if not isinstance(row.get('text'), str):
+            raise UserError(f'{notes["source"]}: no field text in it, but {", ".join(row)}')
+        yield row['text'], place
 
 
 def link_token_files(ledger: Ledger, files: list[str]) -> None:

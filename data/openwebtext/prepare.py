@@ -13,7 +13,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, find_files, pick_split, read_jsonl, shown, write_dataset  # noqa: E402
+from dataset import Piece, find_files, pick_split, read_jsonl, read_stream, shown, write_dataset  # noqa: E402
 from tokenizer import GPT2Tokenizer  # noqa: E402
 
 
@@ -48,10 +48,9 @@ def main() -> None:
             from datasets import load_dataset
         except ImportError:
             raise UserError(f'this dataset is streamed by the datasets library: pip install datasets; or {by_hand}') from None
-        try:
-            yield from (page['text'] for page in load_dataset('Skylion007/openwebtext', split='train', streaming=True))
-        except Exception as error:  # the hub's client raises many kinds; each means that the pages cannot be had
-            raise UserError(f'the hub could not be reached ({type(error).__name__}): {by_hand}') from None
+        name = 'Skylion007/openwebtext'
+        for page, _ in read_stream(lambda: load_dataset(name, split='train', streaming=True), name, hint=by_hand, kept=by_hand):
+            yield page['text']
 
     def pages() -> Iterator[Piece]:
         for number, text in enumerate(texts()):

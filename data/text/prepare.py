@@ -13,7 +13,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
+from dataset import TEXT_FIELDS, Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
 
 
 @dataclass
@@ -24,8 +24,8 @@ class PrepareConfig:
     out_dir: str = shown(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
     encoding: str = ''  # of the files; '': detected
     text_field: str = ''  # for .jsonl: which field holds the text; '': the first there is of text, lyrics, content
-    tokenizer: str = 'bpe'  # bpe (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = 2048  # for bpe: 1024 to 4096 suits a few MB of text
+    tokenizer: str = 'bpe'  # bpe or wordpiece (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
+    vocab_size: int = 2048  # for bpe and wordpiece: 1024 to 4096 suits a few MB of text
     lowercase: bool = False  # turn all text to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
     val_fraction: float = 0.1  # share kept for validation: whole documents, or each one's end if they are fewer than 20
@@ -49,7 +49,7 @@ def main() -> None:
                 yield read_pieces(path, config.encoding)
                 continue
             for number, record in enumerate(read_jsonl(path, config.encoding), 1):
-                name = config.text_field or next((k for k in ('text', 'lyrics', 'content') if k in record), 'text')
+                name = config.text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
                 if not isinstance(record.get(name), str):
                     raise UserError(f'{path}, record {number}: no text in the field {name!r}; name another with --text_field')
                 yield iter([record[name]])
