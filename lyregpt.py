@@ -38,8 +38,9 @@ from tokenizer import Tokenizer, of_pretrained
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOADING = ('device', 'dtype', 'quantize', 'compile')
 WRITING = tuple('artist album title max_new_tokens temperature top_k top_p repetition_penalty stop_at_end seed avoid_copying dataset'.split())
-TINY, EPOCHS = 30_000, 5
 LEAST = 200  # characters that can be cut into windows at all
+TINY = 30_000  # training tokens below which config/tiny.py does better than config/small.py
+EPOCHS = 5  # so often a text is read: small models begin to know it by heart then
 
 
 class Loss(NamedTuple):
@@ -103,7 +104,7 @@ class Model:
     def loss(self, text: str) -> Loss:
         """How well the model foretells the text as a document of its own, in windows of its context. Raises UserError if there is nothing to foretell."""
         start, ids = [] if self.tokenizer.eot is None else [self.tokenizer.eot], self.encode(text)
-        row, size = torch.tensor(start + ids, device=self.gpt.transformer.wte.weight.device), self.gpt.config.block_size
+        row, size = torch.tensor(start + ids, device=next(self.gpt.parameters()).device), self.gpt.config.block_size
         if len(row) < 2:
             raise UserError('the text is too short to foretell anything of it')
         total = 0.0
@@ -127,7 +128,8 @@ def load(source: str | os.PathLike[str] = 'out', **knobs: Any) -> Model:
     `knobs`: device, dtype, quantize, compile, as in sample.py. Raises UserError.
     """
     asked = build(SampleConfig, knobs, known=LOADING)
-    config = dataclasses.replace(asked, **{'init_from' if is_pretrained(os.fspath(source)) else 'out_dir': os.fspath(source)})
+    source = os.fspath(source)
+    config = dataclasses.replace(asked, init_from=source) if is_pretrained(source) else dataclasses.replace(asked, out_dir=source)
     return Model(*load_trained(config), config)
 
 
@@ -207,7 +209,7 @@ def prepare(texts: list[str], folder: str, tokenizer: Tokenizer | str, vocab_siz
     if size < LEAST:
         raise UserError(f'{size} characters in {len(texts)} texts are too little to learn from: give at least {LEAST}; 100,000 make a model that is fun to read')
     if isinstance(tokenizer, str):
-        tokenizer = choose_tokenizer(tokenizer, lambda: texts, vocab_size or min(4096, max(300, size // 128)))
+        tokenizer = choose_tokenizer(tokenizer, lambda: texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size))))  # Heaps' law: a text's words grow with its root
     known = sorted(set(texts))
     kept = set(random.Random(1337).sample(known, len(known) // 10))
 
@@ -230,6 +232,6 @@ def suited(tokens: int | None, knobs: dict[str, Any], begin_from: str = 'scratch
         values['block_size'] = min(values['block_size'], 2 ** int(math.log2(max(8, tokens / 4))))
         now = values | knobs
         step = math.prod(int(now[k]) for k in ('block_size', 'batch_size', 'gradient_accumulation_steps') if now[k] != 'auto')
-        values['max_iters'] = min(2000, max(100, EPOCHS * tokens // step))
+        values['max_iters'] = min(2000, max(40, EPOCHS * tokens // step))
     steps = int(knobs.get('max_iters', values['max_iters']))
     return values | {'eval_interval': max(1, steps // 5), 'warmup_iters': min(20, steps // 10)}
