@@ -138,9 +138,9 @@ def compiling(config: QuickConfig, folder: str) -> str:
     from machine import can_compile, pick_device
 
     where = pick_device(config.device)
-    why = can_compile(where)
     if where.type != 'cuda':
-        return f'not needed on {where.type}: off by default' + (f', and could not be on ({why})' if why else '')
+        return f'not needed on {where.type}, where it is off by default'
+    why = can_compile(where)
     if why:
         raise Note(f'{why}: training runs without torch.compile, more slowly')
     caches = {'TORCHINDUCTOR_CACHE_DIR': folder, 'TRITON_CACHE_DIR': folder}
