@@ -39,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 LOADING = ('device', 'dtype', 'quantize', 'compile')
 WRITING = tuple('artist album title max_new_tokens temperature top_k top_p repetition_penalty stop_at_end seed avoid_copying dataset'.split())
 LEAST = 200  # characters that can be cut into windows at all
-TINY = 30_000  # training tokens below which config/tiny.py does better than config/small.py
+TINY = 30_000  # training tokens below which config/tiny.py learns as much as config/small.py, and sooner
 EPOCHS = 5  # so often a text is read: small models begin to know it by heart then
 
 
@@ -161,6 +161,8 @@ def train(
         prepare(list_of(texts), data, tokenizer_of(begin_from, out_dir) or tokenizer or 'bpe', vocab_size)
     elif 'dataset' not in knobs and not resumes:
         raise UserError('nothing to train on: give a list of texts, a file or folder of them, or dataset=')
+    elif tokenizer or vocab_size:
+        raise UserError('a prepared dataset brings its own tokenizer: leave tokenizer and vocab_size out')
     if texts is not None or 'dataset' not in knobs and os.path.isdir(data):
         chosen['dataset'] = data
     if begin_from != 'resume':
@@ -207,9 +209,12 @@ def prepare(texts: list[str], folder: str, tokenizer: Tokenizer | str, vocab_siz
     """Write the token files: a tenth of the texts is for validation, or, if they are fewer than 20, the end of each. Raises UserError."""
     size = sum(map(len, texts))
     if size < LEAST:
-        raise UserError(f'{size} characters in {len(texts)} texts are too little to learn from: give at least {LEAST}; 100,000 make a model that is fun to read')
+        raise UserError(
+            f'{size} characters in {len(texts)} texts are too little to learn from: give at least {LEAST}; 100,000 make a model that is fun to read'
+        )
     if isinstance(tokenizer, str):
-        tokenizer = choose_tokenizer(tokenizer, lambda: texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size))))  # Heaps' law: a text's words grow with its root
+        # a text's different words grow about with its root (Heaps 1978)
+        tokenizer = choose_tokenizer(tokenizer, lambda: texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size))))
     known = sorted(set(texts))
     kept = set(random.Random(1337).sample(known, len(known) // 10))
 

@@ -122,7 +122,7 @@ def products(config: QuickConfig) -> str:
     exact, got = a.double() @ b.double(), (a.to(where) @ b.to(where)).cpu().double()
     wrong = float((got - exact).abs().max() / exact.abs().max())
     if not wrong < 0.01:
-        raise Fail(f'a matrix product on {where} is wrong by {wrong:.0%}: PyTorch {torch.__version__} does not fit this machine or its driver; try --device=cpu')
+        raise Fail(f'a matrix product on {where} is wrong by {wrong:.0%}: PyTorch {torch.__version__} does not fit the machine or driver; try --device=cpu')
     return f'right; {matmul_ceiling(where, dtype) / 1e12:.2f} TFLOP/s in {str(dtype).removeprefix("torch.")}'
 
 
@@ -133,7 +133,7 @@ assert torch.equal(torch.compile(lambda x: x * 2 + 1)(x), x * 2 + 1)
 '''
 
 
-def compiling(config: QuickConfig, folder: str) -> str:
+def compiling(config: QuickConfig) -> str:
     """torch.compile, which is on by itself on CUDA alone: a small function there, in a process that a time limit can end."""
     from machine import can_compile, pick_device
 
@@ -143,10 +143,9 @@ def compiling(config: QuickConfig, folder: str) -> str:
     why = can_compile(where)
     if why:
         raise Note(f'{why}: training runs without torch.compile, more slowly')
-    caches = {'TORCHINDUCTOR_CACHE_DIR': folder, 'TRITON_CACHE_DIR': folder}
     try:
         done = subprocess.run(
-            [sys.executable, '-c', COMPILES.format(device=str(where))], capture_output=True, text=True, env=os.environ | caches, timeout=60
+            [sys.executable, '-c', COMPILES.format(device=str(where))], capture_output=True, text=True, timeout=60
         )
     except subprocess.TimeoutExpired:
         raise Note('a small function took over a minute: train with --compile=False') from None
@@ -212,6 +211,7 @@ def main() -> None:
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
     with tempfile.TemporaryDirectory(prefix='lyregpt-', ignore_cleanup_errors=True) as folder:
+        os.environ |= {'TORCHINDUCTOR_CACHE_DIR': folder, 'TRITON_CACHE_DIR': folder}  # importing them is enough to have folders made
         checks: list[tuple[str, Callable[[], str]]] = [
             ('python', python),
             ('packages', packages),
@@ -219,7 +219,7 @@ def main() -> None:
             ('scripts', scripts),
             ('device', lambda: device(config)),
             ('products', lambda: products(config)),
-            ('compiling', lambda: compiling(config, folder)),
+            ('compiling', lambda: compiling(config)),
             ('training', lambda: training(config, folder)),
             ('resuming', lambda: resuming(config, folder)),
             ('writing', lambda: writing(config, folder)),

@@ -89,7 +89,10 @@ def test_another_version_is_a_note(tmp_path):
     assert done.returncode == 1 and 'FAIL  scripts    train.py cannot start' in done.stdout, 'there are no scripts beside it'
 
 
-@pytest.mark.parametrize('word, message', [('--device=cuda:77', 'device=cuda:77: this machine'), ('--devise=cpu', 'did you mean --device'), ('--dtype=int3', 'dtype=int3')])
+@pytest.mark.parametrize(
+    'word, message',
+    [('--device=cuda:77', 'device=cuda:77: this machine'), ('--devise=cpu', 'did you mean --device'), ('--dtype=int3', 'dtype=int3')],
+)
 def test_mistakes_get_one_line(word, message):
     status, _, _, stderr = quick(word)
     assert status == 2 and stderr.count('\n') == 1 and message in stderr
