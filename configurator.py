@@ -127,6 +127,17 @@ def configure(knobs: type[T], argv: Sequence[str] | None = None, description: st
             else:
                 raise UserError(f'--{key} needs a value, as in --{key}=VALUE')
         values[key] = convert(f'--{key}', types_[key], text)
+    return build(knobs, values)
+
+
+def build(knobs: type[T], values: dict[str, Any], known: typing.Iterable[str] = ()) -> T:
+    """The dataclass `knobs` with these values, as somebody set them in Python; paths may be `Path`s. Raises UserError as `configure` does.
+
+    `known` are the names that may be set, if not all.
+    """
+    types_ = typing.get_type_hints(knobs)
+    values = {check_name(k, known or types_, see=f'python {knobs.__module__}.py --help'): v for k, v in values.items()}
+    values = {k: convert(k, types_[k], os.fspath(v) if isinstance(v, os.PathLike) else v) for k, v in values.items()}
     try:
         config = knobs(**values)
     except ValueError as error:

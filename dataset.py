@@ -162,8 +162,10 @@ def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
 
 
 def folder_of(dataset: str) -> str:
-    """The folder that a `dataset` knob names: the path of one, or a name under data/."""
-    return dataset if os.path.isdir(dataset) else os.path.join('data', dataset)
+    """The folder that a `dataset` knob names: the path of one, or a name under data/, here or beside this file."""
+    here = os.path.join('data', dataset)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
+    return next((folder for folder in (dataset, here, beside) if os.path.isdir(folder)), here)
 
 
 def token_files(folder: str, name: str) -> list[str]:
@@ -554,6 +556,19 @@ def read_stream(
             raise UserError('; '.join(filter(None, [reason, place and kept or hint or 'look to the name, the files, the network'])))
         print(f'{reason}; trying again in {wait} s', file=sys.stderr)
         time.sleep(wait)
+
+
+def read_documents(files: Iterable[str], encoding: str = '', text_field: str = '') -> Iterator[Iterator[str]]:
+    """Each document's text in pieces: a file is one, but a .jsonl holds one a line, in `text_field` or the first of text, lyrics, content."""
+    for path in files:
+        if not path.lower().endswith('.jsonl'):
+            yield read_pieces(path, encoding)
+            continue
+        for number, record in enumerate(read_jsonl(path, encoding), 1):
+            name = text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
+            if not isinstance(record.get(name), str):
+                raise UserError(f'{path}, record {number}: no text in the field {name!r}; name another with --text_field')
+            yield iter([record[name]])
 
 
 def download(url: str, path: str, sha256: str | None = None, offline: bool = False) -> str:

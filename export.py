@@ -30,7 +30,7 @@ DTYPES = {'float32': (torch.float32, 'F32'), 'bfloat16': (torch.bfloat16, 'BF16'
 
 @dataclass
 class ExportConfig:
-    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+    """The knobs; the comment behind each is its help."""
 
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file

@@ -19,7 +19,7 @@ from tokenizer import GPT2Tokenizer  # noqa: E402
 
 @dataclass
 class PrepareConfig:
-    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+    """The knobs; the comment behind each is its help."""
 
     input: str = ''  # a file or folder of .jsonl with a text field; '': streamed from the Hugging Face hub
     out_dir: str = shown(HERE)  # where the token files go

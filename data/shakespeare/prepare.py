@@ -20,7 +20,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 @dataclass
 class PrepareConfig:
-    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+    """The knobs; the comment behind each is its help."""
 
     input: str = ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
     out_dir: str = shown(HERE)  # where the token files go

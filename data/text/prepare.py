@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
-from configurator import UserError, configure, run  # noqa: E402
-from dataset import TEXT_FIELDS, Piece, choose_tokenizer, find_files, pick_split, read_jsonl, read_pieces, shown, split_text, write_dataset  # noqa: E402
+from configurator import configure, run  # noqa: E402
+from dataset import Piece, choose_tokenizer, find_files, pick_split, read_documents, shown, split_text, write_dataset  # noqa: E402
 
 
 @dataclass
@@ -43,16 +43,7 @@ def main() -> None:
     files = find_files(config.input or [])
 
     def documents() -> Iterator[Iterator[str]]:
-        """Each document's text in pieces: a file is one, but a .jsonl holds one a line."""
-        for path in files:
-            if not path.lower().endswith('.jsonl'):
-                yield read_pieces(path, config.encoding)
-                continue
-            for number, record in enumerate(read_jsonl(path, config.encoding), 1):
-                name = config.text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
-                if not isinstance(record.get(name), str):
-                    raise UserError(f'{path}, record {number}: no text in the field {name!r}; name another with --text_field')
-                yield iter([record[name]])
+        return read_documents(files, config.encoding, config.text_field)
 
     few = [sum(map(len, pieces)) for pieces in itertools.islice(documents(), 20)]
 
