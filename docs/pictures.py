@@ -376,7 +376,7 @@ def draw(name: str, folder: str) -> str:
     # two decimals of a point are plenty: a smaller file, and another processor's last digits do not show
     text = re.sub(' d="[^"]*"', lambda found: re.sub(r'(\.\d\d)\d+', r'\1', found[0]), drawn.getvalue())
     with open(path, 'w', encoding='utf-8', newline='\n') as f:
-        f.write(text)
+        f.write(re.sub(r'\n +', '\n', text))
     return path
 
 
