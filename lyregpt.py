@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in train.py
+
 import torch
 import torch.nn.functional as F
 

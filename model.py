@@ -516,6 +516,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
+        if not isinstance(self.lm_head, nn.Linear):  # quantized: it keeps no plain weights
+            return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         total = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
         return total / (targets >= 0).sum().clamp(min=1)
 

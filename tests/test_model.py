@@ -380,6 +380,16 @@ def test_packed_and_int8_layers_say_the_same(changes):
     list(model.generate(prompt, 5))
 
 
+@pytest.mark.parametrize('kind', [None, 'int8'])
+def test_the_loss_of_a_model_that_only_writes(kind):
+    model = random_model().eval()
+    idx, targets = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    targets[0, :5] = -1
+    with torch.no_grad():
+        whole = model(idx, targets)
+        assert model.quantize(kind)(idx, targets) == pytest.approx(whole.item(), abs=0.05 if kind else 1e-5)
+
+
 def test_quantize_kinds_that_cannot_be():
     with pytest.raises(ValueError, match='int4'):
         random_model().quantize('int4')
