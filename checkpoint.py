@@ -293,7 +293,9 @@ def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool
             if i + 1 == len(paths):
                 raise
             print(f'WARNING: {error}; going back to {paths[i + 1]}', file=sys.stderr, flush=True)
-    raise UserError(f'{where}: holds no checkpoint; train one first: python train.py config/train_darklyrics.py')
+    earlier = os.path.join(where, 'earlier')
+    what = f'the run before it is in {earlier}' if os.path.isdir(earlier) else 'train one first: python train.py config/train_darklyrics.py'
+    raise UserError(f'{where}: holds no checkpoint; {what}')
 
 
 def candidates(where: str, best: bool = False) -> list[str]:
@@ -530,14 +532,14 @@ def empty_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
     return model
 
 
-def tokenizer_of(state: dict[str, Any], data_dir: str = 'data') -> Tokenizer:
-    """The tokenizer in the checkpoint; for nanoGPT's, which hold none, that of its dataset's folder, else GPT-2's.
+def tokenizer_of(state: dict[str, Any], data_dir: str = 'data', folder: str = '') -> Tokenizer:
+    """The tokenizer in the checkpoint; for nanoGPT's, which hold none, that of the dataset in `folder`, or under its run's name, else GPT-2's.
 
     Raises UserError if neither is at hand.
     """
     if state.get('tokenizer'):
         return from_state(state['tokenizer'])
-    folder = os.path.join(data_dir, str(state.get('config', {}).get('dataset', '')))
+    folder = folder or os.path.join(data_dir, str(state.get('config', {}).get('dataset', '')))
     vocab_size = state['model_args']['vocab_size']
     found = read_meta(folder).get('tokenizer') or {'kind': 'gpt2'}
     tokenizer = from_state(found)

@@ -213,7 +213,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         source, state = read(config.init_from, best=True)
     folder = prepared_folder(config, team)
     tokenizer = read_tokenizer(folder)
-    if state and tokenizer.state() != checkpoint.tokenizer_of(state).state():
+    if state and tokenizer.state() != checkpoint.tokenizer_of(state, folder=folder).state():
         raise UserError(
             f'{folder} was prepared with another tokenizer than {source} was trained with: prepare it with '
             f'--tokenizer={os.path.join(os.path.dirname(source), "tokenizer.json")}'

@@ -211,3 +211,14 @@ def test_nanogpt_checkpoints_are_sampled_and_resumed(chars, tmp_path, compiled):
     state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
     assert end['step'] == 6 and state['config']['optimizer'] == 'adamw' and state['config']['batch_size'] == 4
     assert int(next(iter(state['optimizer']['adamw']['state'].values()))['step']) == 6, 'its AdamW went on, it did not begin anew'
+
+
+def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_the_dataset_named(chars, tmp_path):
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', chars)
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    state['config']['dataset'] = 'nowhere'
+    torch.save(state, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='not its own'):
+        load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
+    words = [f'--out_dir={tmp_path}', '--init_from=resume', f'--dataset={chars}', '--max_iters=4', '--device=cpu', '--warmup_iters=0']
+    assert train(configure(__import__('train').TrainConfig, words))['step'] == 4
