@@ -1,0 +1,355 @@
+"""A run on one page: what it was, how it went, what to try next; and two runs side by side.
+
+    python report.py --out_dir=out-darklyrics         (train.py ends with this; here again, or of a run that goes on or was killed)
+    python bench.py --compare out-a out-b             (asks `compare`)
+
+report.html is one file without any script that opens, offline too, wherever it is sent. Its curves are matplotlib's SVG, about 0.1 MB in all:
+Plotly's interactive ones would bring 4.8 MB of script into each report, and serve.py has those already.
+"""
+
+import csv
+import html
+import io
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import string
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from configurator import UserError, configure, run
+from dataset import write_whole
+
+Row = dict[str, float | None]  # of metrics.csv; None: a field without a figure
+
+
+@dataclass
+class Knobs:
+    out_dir: str = 'out'  # the run; its report.html is written there
+
+
+# -----------------------------------------------------------------------------
+# What a run left
+
+
+@dataclass
+class Run:
+    """What lies in an out_dir, and the figures drawn from it. A figure that the run did not leave is None."""
+
+    out_dir: str
+    rows: list[Row]
+    config: dict[str, Any] = field(default_factory=dict)
+    sessions: list[dict[str, Any]] = field(default_factory=list)  # run.json: each start of the run
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.training = [r for r in self.rows if r['train_loss'] is not None]
+        self.evaluations = [r for r in self.rows if r['val_loss'] is not None]
+        self.best = min(self.evaluations, key=lambda r: r['val_loss'] or 0, default=None)
+        self.last = self.rows[-1]
+        self.steps = int(self.last['step'] or 0)
+        self.tokens = self.last['tokens'] or 0.0
+
+    def fact(self, part: str, name: str = '') -> Any:
+        """What the last start of the run says of itself."""
+        found = self.sessions[-1].get(part) if self.sessions else None
+        return found.get(name) if name and isinstance(found, dict) else found
+
+    def figure(self, part: str, name: str) -> float | None:
+        return number(self.fact(part, name))
+
+    def median(self, column: str) -> float | None:
+        return statistics.median(values) if (values := [v for r in self.rows if (v := r[column]) is not None]) else None
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time went, over all starts of the run."""
+        found: dict[str, float] = {}
+        for session in self.sessions:
+            for name, value in (session.get('seconds') or {}).items():
+                found[name] = found.get(name, 0.0) + (number(value) or 0.0)
+        return found
+
+    def train_at(self, step: float) -> float | None:
+        """The training loss around a step: the mean over the tenth of the steps before it."""
+        near = [r['train_loss'] for r in self.training if 0.9 * step <= (r['step'] or 0) <= step]
+        return statistics.fmean(v for v in near if v is not None) if near else None
+
+    def val_at(self, where: float, axis: str = 'step') -> float | None:
+        """The validation loss at a step (or at so many `tokens` or `seconds`), between two evaluations on the straight line."""
+        points = [(r[axis] or 0.0, r['val_loss'] or 0.0) for r in self.evaluations]
+        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            if x0 <= where <= x1:
+                return y0 + (y1 - y0) * (where - x0) / max(x1 - x0, 1e-9)
+        return points[-1][1] if points and points[-1][0] == where else None
+
+
+def number(value: Any) -> float | None:
+    """A field of metrics.csv or run.json as a finite number; None if it is none."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def read_rows(out_dir: str) -> list[Row]:
+    """The rows of metrics.csv; a row half-written is left out. Raises OSError."""
+    with open(os.path.join(out_dir, 'metrics.csv'), encoding='utf-8', errors='replace', newline='') as f:
+        lines = (line for line in f if len(line) < 10_000 and '\0' not in line)  # a power cut may leave zeros
+        rows = [row for row in csv.DictReader(lines) if (row.get('step') or '').isdigit() and row.get('mfu') is not None]
+    return [{key: number(value) for key, value in row.items() if key} for row in rows]
+
+
+def read_samples(out_dir: str, most_bytes: int = 1_000_000) -> list[dict[str, Any]]:
+    """The samples in the end of train.log: the step at which each was taken (or None), its text, and what it copies if that was asked for."""
+    try:
+        with open(os.path.join(out_dir, 'train.log'), 'rb') as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - most_bytes))
+            log = f.read().decode('utf-8', 'replace')
+    except OSError:
+        return []
+    found, seen = [], 0
+    for sample in re.finditer(r'^--- sample\n(.*?)\n---(?: (.*))?$', log, re.DOTALL | re.MULTILINE):
+        steps = re.findall(r'^step ([\d,]+)[:/]', log[seen : sample.start()], re.MULTILINE)
+        found.append({'step': int(steps[-1].replace(',', '')) if steps else None, 'text': sample[1], 'remark': sample[2] or ''})
+        seen = sample.end()
+    return found
+
+
+def read_sessions(out_dir: str) -> list[dict[str, Any]]:
+    """run.json: what each start of the run says of itself; [] for a run that has none, or one that cannot be read."""
+    try:
+        with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
+            found = json.load(f)
+    except (OSError, ValueError):
+        return []
+    parts = {'environment', 'model', 'data', 'seconds', 'memory'}
+    whole = isinstance(found, list) and all(isinstance(s, dict) and all(isinstance(s.get(p, {}), dict) for p in parts) for s in found)
+    return found if whole else []
+
+
+def read_run(out_dir: str) -> Run:
+    """The run in a folder. Raises UserError if there is none, or nothing has happened in it yet."""
+    if not os.path.isdir(out_dir):
+        raise UserError(f'{out_dir}: no such folder; train a model first: python train.py --out_dir={out_dir}')
+    try:
+        rows = read_rows(out_dir)
+    except OSError as error:
+        raise UserError(f'{out_dir}: no metrics.csv to tell of ({error.strerror}); train.py writes one, nanoGPT does not') from None
+    if not rows:
+        raise UserError(f'{out_dir}/metrics.csv: holds no figures yet; a run writes its first after --log_interval steps')
+    try:
+        with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as f:
+            config = json.load(f)
+    except (OSError, ValueError):
+        config = {}
+    return Run(out_dir, rows, config if isinstance(config, dict) else {}, read_sessions(out_dir), read_samples(out_dir))
+
+
+# -----------------------------------------------------------------------------
+# What to try next
+
+Hint = tuple[str, str]  # what the figures show, what to try
+
+
+def advice(run: Run) -> list[Hint]:
+    """What the run's figures point to, and what to try, the weightiest first; [] if they point to nothing."""
+    shape, hints = verdict(run)
+    return trouble(run) + hints + size_and_words(run, shape) + upkeep(run)
+
+
+def again(run: Run, **knobs: Any) -> str:
+    """The command for the same run but for some knobs, in a new folder."""
+    if run.config.get('init_from') == 'resume':
+        knobs = {'init_from': 'scratch' if run.fact('began_from') in (None, 'resume') else run.fact('began_from')} | knobs
+    words = [f'--{name}={value:.6g}' if isinstance(value, float) else f'--{name}={value}' for name, value in knobs.items()]
+    return shlex.join(['python', 'train.py', f'{run.out_dir}/config.json', f'--out_dir={run.out_dir}-next', *words])
+
+
+def knob(run: Run, name: str, default: float = 0.0) -> float:
+    return default if (value := number(run.config.get(name))) is None else value
+
+
+def is_tuned(run: Run) -> bool:
+    """Did it begin from weights that had been trained before?"""
+    return (run.fact('began_from') or run.config.get('init_from')) not in ('scratch', 'resume', None)
+
+
+def trouble(run: Run) -> list[Hint]:
+    """Is the learning rate too high? NaN; jumps of the loss; gradients far longer than what is let through."""
+    clip, rate, end = knob(run, 'grad_clip'), knob(run, 'learning_rate'), str(run.fact('end') or '')
+    losses = [(int(r['step'] or 0), r['train_loss'] or 0.0) for r in run.training]
+    before = [statistics.median([loss for _, loss in losses[max(0, i - 5) : i]] or [math.inf]) for i in range(len(losses))]
+    jumps = [(step, was, loss) for (step, loss), was in zip(losses, before) if loss > max(1.15 * was, was + 0.3)]
+    norms = [n for r in run.training if (n := r['grad_norm']) is not None and (r['step'] or 0) > knob(run, 'warmup_iters')]
+    clipped = sum(n > 3 * clip for n in norms) / len(norms) if norms and clip else 0.0
+    shows = [f'{end[0].upper()}{end[1:]}.'] if 'NaN' in end else []
+    if len(jumps) > 1:
+        step, was, loss = max(jumps, key=lambda jump: jump[2] - jump[1])
+        shows.append(f'The training loss jumped {len(jumps)} times, the most at step {step:,}, from {was:.2f} to {loss:.2f}.')
+    if clipped > 0.5:
+        shows.append(f'After the warm-up the gradient was more than 3 times longer than grad_clip={clip:g} in {clipped:.0%} of the log lines.')
+    return [(' '.join(shows), f'A lower learning rate: {again(run, learning_rate=rate / 3)}')] if shows and rate else []
+
+
+def verdict(run: Run) -> tuple[str, list[Hint]]:
+    """What the two losses say of each other: ('by heart', 'too short', 'too small' or '', hints).
+
+    They are looked at at the end, over the last third of the steps, and over the last doubling of the steps.
+    """
+    steps, val, train = run.steps, run.evaluations[-1]['val_loss'] if run.evaluations else None, run.train_at(run.steps)
+    if len(run.evaluations) < 3:
+        shows = f'{len(run.evaluations)} evaluation{"s" * (len(run.evaluations) != 1)}: too few to see whether it learns more than its text by heart.'
+        return '', [(shows, f'Evaluate more often: {again(run, eval_interval=max(1, steps // 10))}')]
+    if val is None or train is None or not run.best:
+        return '', []
+    at, low, third = int(run.best['step'] or 0), run.best['val_loss'] or 0.0, 2 * steps / 3
+    val_fell, train_fell = (run.val_at(third) or val) - val, (run.train_at(third) or train) - train
+    half = run.val_at(steps / 2)
+    doubling = val if half is None else half - val
+    if (rose := val > 1.01 * low and train < (run.train_at(at) or 0)) or val - train > 0.05 * val and val_fell < 0.2 * train_fell > 0.004 * train:
+        shows = (
+            f'The validation loss was lowest at step {at:,} ({low:.3f}) and rose to {val:.3f} at step {steps:,}, while the training loss fell from '
+            f'{run.train_at(at):.3f} to {train:.3f}: it learns its text by heart (overfitting). best.pt keeps the weights of step {at:,}.'
+            if rose
+            else f'Over the last third of the steps the training loss fell by {train_fell:.3f} to {train:.3f}, the validation loss by '
+            f'{max(0.0, val_fell):.3f} to {val:.3f}: what it still learns, it learns by heart (overfitting begins).'
+        )
+        ways = ['More words', f'or dropout: {again(run, dropout=min(0.5, knob(run, "dropout") + 0.1))}', f'or stop in time: {again(run, patience=3)}']
+        if not is_tuned(run) and knob(run, 'n_layer') > 1:
+            ways.append(f'or a smaller model: {again(run, n_layer=int(knob(run, "n_layer")) // 2)}')
+        return 'by heart', [(shows, '; '.join(ways))]
+    if doubling > 0.02 * val:
+        minutes = knob(run, 'max_minutes')
+        longer = {'max_minutes': 2 * minutes} if minutes else {'max_iters': 2 * steps}
+        if not minutes and run.config.get('lr_decay_iters') is not None:
+            longer['lr_decay_iters'] = 2 * steps
+        shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
+        way = f'It was too short. Train longer: {again(run, **longer)}'
+        middle, first = run.train_at(steps / 2), run.training[0]['train_loss'] or 0.0
+        if middle and middle - train > 0.8 * (first - middle):
+            shows += f' The second half brought the training loss {middle - train:.2f}, the first {first - middle:.2f}: it is slow.'
+            way += f'; or faster: {again(run, learning_rate=3 * knob(run, "learning_rate"))}'
+        return 'too short', [(shows, way)]
+    if abs(val - train) < 0.05 * val and half is not None:
+        shows = (
+            f'Both losses stand still, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
+            f'{doubling:.3f}: the model holds what it can hold (it is too small).'
+        )
+        wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd')}
+        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {again(run, **wider)}')]
+    return '', []
+
+
+def size_and_words(run: Run, shape: str) -> list[Hint]:
+    """Is there enough text for this size? About 20 tokens a parameter spend a budget of computing best (Hoffmann et al. 2022,
+    arXiv:2203.15556), and up to 4 readings teach nearly as much as new words (Muennighoff et al. 2023, arXiv:2305.16264)."""
+    parameters, words = run.figure('model', 'parameters'), run.figure('data', 'training tokens')
+    if not parameters or not words or not run.tokens or is_tuned(run):
+        return []
+    wanted, epochs, each = 20 * parameters, run.tokens / words, run.tokens / parameters
+    if (epochs > 4 or wanted > 4 * words) and each < 20 and shape != 'too small':
+        shows = f'It read its {words:,.0f} tokens {epochs:.1f} times, {each:.2g} tokens a parameter. About 20 a parameter are best (Hoffmann et al. 2022), '
+        shows += 'and up to 4 readings count nearly as new words (Muennighoff et al. 2023).'
+        return [(shows, f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.')]
+    if each < 10 and shape != 'by heart' and not run.config.get('max_minutes'):
+        shows = f'It read {each:.2g} tokens a parameter; about 20 are best for a budget of computing (Hoffmann et al. 2022).'
+        return [(shows, f'More steps: {again(run, max_iters=math.ceil(wanted / run.tokens * run.steps))}')]
+    return []
+
+
+def upkeep(run: Run) -> list[Hint]:
+    """Is there enough to judge by, and is the machine put to use?"""
+    found: list[Hint] = []
+    read, windows, held = (run.figure('data', f'validation {name}') for name in ('windows read', 'windows', 'tokens'))
+    if read and windows and held and (judged := held * read / windows) < 10_000:
+        way = f'Read all of it: {again(run, eval_iters=None)}' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
+        found.append((f'The validation loss is the mean over {judged:,.0f} tokens; below 10,000, differences of a percent may be chance.', way))
+    seconds, mfu = run.seconds(), run.median('mfu')
+    total = sum(seconds.values())
+    if total > 60 and seconds.get('evaluation', 0.0) > 0.2 * total:
+        way = again(run, eval_interval=2 * int(knob(run, 'eval_interval', 1)))
+        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often: {way}'))
+    if total > 60 and mfu is not None and mfu < 0.15:
+        at_once, windows = run.figure('data', 'windows at once') or 0.0, knob(run, 'batch_size', 1) * knob(run, 'gradient_accumulation_steps', 1)
+        ways = [] if run.fact('environment', 'model is') == 'compiled' else [again(run, compile=True)]
+        if at_once < windows:
+            ways.append(again(run, batch_size='auto', gradient_accumulation_steps=int(windows)))
+        if ways:
+            found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', 'Try ' + '; or '.join(ways)))
+    return found
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+TONES = {'#010101': 'currentColor', '#010102': 'var(--train)', '#010103': 'var(--val)'}  # drawn as: shown as, in light and dark
+INK, TRAIN, VAL = TONES
+
+
+def charts(run: Run) -> list[tuple[str, str, str]]:
+    """(title, the same in words, SVG) of each curve that the run left figures for."""
+    ratio = run.best and run.best['val_bpb'] and run.best['val_loss'] and run.best['val_bpb'] / run.best['val_loss']
+    speed, mfu, clip = run.median('tokens_per_second'), run.median('mfu'), knob(run, 'grad_clip')
+    found = [draw('Loss', {'train_loss': TRAIN, 'val_loss': VAL}, run, right=('bits per byte', ratio or 0.0))]
+    found.append(draw('Learning rate', {'lr': TRAIN}, run))
+    found.append(draw('Gradient norm', {'grad_norm': TRAIN}, run, log=True, level=clip))
+    found.append(draw('Tokens per second', {'tokens_per_second': TRAIN}, run, right=('share of the ceiling', mfu / speed if mfu and speed else 0.0), zero=True))
+    return [chart for chart in found if chart[2]]
+
+
+def draw(
+    title: str, lines: dict[str, str], run: Run, right: tuple[str, float] = ('', 0.0), log: bool = False, zero: bool = False, level: float = 0.0
+) -> tuple[str, str, str]:
+    """One chart over the steps. `right`: what the same figures are called on the other side, and how much that is of 1. `level`: a dashed line."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    points = {name: [(r['step'] or 0.0, v) for r in run.rows if (v := r[name]) is not None] for name in lines}
+    points = {name: values for name, values in points.items() if values}
+    if not points:
+        return title, '', ''
+    words = [f'{name.replace("_", " ")} from {v[0][1]:.4g} to {v[-1][1]:.4g}, lowest {min(y for _, y in v):.4g}' for name, v in points.items()]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what someone's matplotlibrc says
+        matplotlib.rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.edgecolor': INK, 'text.color': INK}
+                                   | {f'{a}.color': INK for a in ('xtick', 'ytick')} | {'axes.labelcolor': INK, 'axes.formatter.limits': (-3, 6)})  # fmt: skip
+        figure = Figure(figsize=(4.4, 2.6), layout='constrained')
+        axes = figure.add_subplot()
+        for name, values in points.items():
+            every = -(-len(values) // 400)  # of a long run the means of a few rows each
+            parts = [values[i : i + every] for i in range(0, len(values), every)] if name == 'train_loss' else [[v] for v in values[::-every][::-1]]
+            x, y = zip(*((part[-1][0], statistics.fmean(v for _, v in part)) for part in parts))
+            dots = 'o' if name == 'val_loss' and len(x) < 60 else ''
+            axes.plot(x, y, color=lines[name], linewidth=1.8 if name == 'val_loss' else 1.2, marker=dots, markersize=3.5)
+        if level:
+            axes.axhline(level, color=INK, linewidth=0.8, linestyle='--', alpha=0.6)
+        if log and all(v > 0 for _, v in points[next(iter(points))]):
+            axes.set_yscale('log')
+            axes.yaxis.set_major_formatter('{x:g}')
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+        if zero:
+            axes.set_ylim(bottom=0)
+        if right[1]:
+            other = axes.secondary_yaxis('right', functions=(lambda v: v * right[1], lambda v: v / right[1]))
+            other.set_ylabel(right[0])
+            other.spines[:].set_visible(False)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter('{x:,.0f}')
+        axes.set_xlabel('steps')
+        out = io.StringIO()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+    svg = re.sub(r' (width|height)="[\d.]+pt"', '', out.getvalue()[out.getvalue().index('<svg') :], count=2)
+    for drawn, shown in TONES.items():
+        svg = svg.replace(drawn, shown)
+    return title, f'{title} over {run.steps:,} steps: {"; ".join(words)}', svg.replace("'DejaVu Sans', ", '')
