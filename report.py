@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from configurator import UserError, configure, run
 from dataset import write_whole
 
@@ -318,10 +320,10 @@ def draw(
     words = [f'{name.replace("_", " ")} from {v[0][1]:.4g} to {v[-1][1]:.4g}, lowest {min(y for _, y in v):.4g}' for name, v in points.items()]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what someone's matplotlibrc says
-        matplotlib.rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.edgecolor': INK, 'text.color': INK}
-                                   | {f'{a}.color': INK for a in ('xtick', 'ytick')} | {'axes.labelcolor': INK, 'axes.formatter.limits': (-3, 6)})  # fmt: skip
-        figure = Figure(figsize=(4.4, 2.6), layout='constrained')
-        axes = figure.add_subplot()
+        look: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.formatter.limits': (-3, 6)}
+        matplotlib.rcParams.update(look | dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'), INK))
+        figure = Figure(figsize=(4.4, 2.6), )
+        axes = figure.add_axes((0.13, 0.16, 0.74, 0.8))
         for name, values in points.items():
             every = -(-len(values) // 400)  # of a long run the means of a few rows each
             parts = [values[i : i + every] for i in range(0, len(values), every)] if name == 'train_loss' else [[v] for v in values[::-every][::-1]]
@@ -337,7 +339,7 @@ def draw(
         if zero:
             axes.set_ylim(bottom=0)
         if right[1]:
-            other = axes.secondary_yaxis('right', functions=(lambda v: v * right[1], lambda v: v / right[1]))
+            other = axes.secondary_yaxis('right', functions=(lambda v: np.multiply(v, right[1]), lambda v: np.divide(v, right[1])))
             other.set_ylabel(right[0])
             other.spines[:].set_visible(False)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
@@ -353,3 +355,243 @@ def draw(
     for drawn, shown in TONES.items():
         svg = svg.replace(drawn, shown)
     return title, f'{title} over {run.steps:,} steps: {"; ".join(words)}', svg.replace("'DejaVu Sans', ", '')
+
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { --paper: #faf7f2; --card: #fffefb; --ink: #26221d; --dim: #6a6258; --line: #ded6c9; --train: #14708f; --val: #a02c48; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #17151a; --card: #201d24; --ink: #ebe6df; --dim: #aaa2a0; --line: #3a3540; --train: #62c3e6; --val: #f28a9c; }
+}
+@media print { :root { --paper: #fff; --card: #fff; --ink: #000; --dim: #444; --line: #ccc; --train: #14708f; --val: #a02c48; color-scheme: light; } }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--paper); color: var(--ink); font: 15px/1.5 -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 1.2rem 1rem 3rem; overflow-wrap: anywhere; }
+h1, h2 { font: 600 1.2rem/1.3 "Iowan Old Style", Palatino, Charter, Georgia, "Liberation Serif", serif; margin: 1.6rem 0 .5rem; }
+h1 { font-size: 1.7rem; margin-top: 0; }
+p { max-width: 46rem; }
+.grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
+figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; min-width: 0; break-inside: avoid; }
+figcaption { font-weight: 600; }
+figcaption i { display: inline-block; width: 1.2rem; height: 4px; border-radius: 2px; margin: 0 .3rem 0 .7rem; vertical-align: middle; }
+svg { display: block; width: 100%; height: auto; }
+.figures { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin-top: .8rem; }
+.figures b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+dt, small, .figures, th { color: var(--dim); font-weight: 400; }
+.figures b { color: var(--ink); }
+.hint { margin-bottom: .6rem; border-left: 3px solid var(--val); padding-left: .8rem; }
+.hint p:last-child { color: var(--dim); }
+code, .text { font: .86rem/1.5 ui-monospace, "Liberation Mono", monospace; }
+.text { font: 1rem/1.5 "Iowan Old Style", Palatino, Charter, Georgia, "Liberation Serif", serif; white-space: pre-wrap; max-height: 24rem; overflow-y: auto; }
+@media print { .text { max-height: none; } details::details-content { content-visibility: visible; } }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { text-align: left; padding: .12rem 1rem .12rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+.numbers { overflow-x: auto; }
+.numbers td, .numbers th { text-align: right; overflow-wrap: normal; white-space: nowrap; }
+summary { cursor: pointer; line-height: 2.4rem; color: var(--dim); }
+</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+
+def esc(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), numbers: bool = False) -> str:
+    """An HTML table of what is not HTML yet; without `head` each row's first cell is its heading."""
+    top = f'<thead><tr>{"".join(f"<th scope=col>{esc(h)}</th>" for h in head)}</tr></thead>' if head else ''
+    first = 'td' if head else 'th scope=row'
+    body = ''.join(f'<tr><{first}>{esc(row[0])}</{first[:2]}>{"".join(f"<td>{esc(cell)}</td>" for cell in row[1:])}</tr>' for row in rows)
+    return f'<div{" class=numbers" * numbers}><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def in_words(text: str) -> str:
+    """A hint as HTML: its commands stand in <code>."""
+    return re.sub(r'(python train\.py [^;]*)', r'<code>\1</code>', esc(text))
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return '–'
+    return f'{seconds:.1f} s' if seconds < 60 else f'{seconds / 60:.1f} minutes' if seconds < 7200 else f'{seconds / 3600:.1f} hours'
+
+
+def shown(value: float | None, form: str = ',.0f') -> str:
+    return '–' if value is None else format(value, form)
+
+
+def summary(run: Run) -> str:
+    """The run in a few sentences."""
+    parameters, words, end = run.figure('model', 'parameters'), run.figure('data', 'training tokens'), run.fact('end')
+    text = f'A GPT of {parameters:,.0f} parameters' if parameters else 'A GPT'
+    text += f' read {run.tokens:,.0f} tokens of {run.config.get("dataset", "its data")} in {run.steps:,} steps and {clock(run.last["seconds"])}'
+    text += f' ({run.tokens / words:.1f} times the {words:,.0f} that there are). ' if words else '. '
+    if run.best and run.best['val_loss'] is not None:
+        loss, bits = run.best['val_loss'], run.best['val_bpb']
+        text += f'Its lowest validation loss is {loss:.4f} nats a token' + (f', {bits:.3f} bits per byte' if bits else '')
+        text += f', at step {run.best["step"]:,.0f}: before each token it wavers as if among {math.exp(min(loss, 50)):,.0f} equally likely ones (perplexity). '
+    if end == 'done':
+        return text + 'It came to its end.'
+    return text + (f'Its end: {end}.' if end else 'It has not come to its end: it still goes on, or was killed.' if run.sessions else '')
+
+
+def page(run: Run) -> str:
+    """The report as HTML."""
+    out, best = [f'<h1>{esc(os.path.basename(os.path.abspath(run.out_dir)))}</h1><p>{esc(summary(run))}</p>'], run.best or {}
+    memory = {name: number(value) for name, value in (run.fact('memory') or {}).items()}
+    figures = [('validation loss', shown(best.get('val_loss'), '.4f')), ('bits per byte', shown(best.get('val_bpb'), '.3f')), ('steps', f'{run.steps:,}'),
+               ('time', clock(run.last['seconds'])), ('tokens/s', shown(run.median('tokens_per_second')))]  # fmt: skip
+    figures += [('peak memory', f'{peak:,.0f} MB')] if (peak := memory.get('peak')) else []
+    out.append(f'<div class=figures>{"".join(f"<div><b>{esc(value)}</b>{name}</div>" for name, value in figures)}</div>')
+
+    hints = advice(run)
+    out.append('<h2>What to try next</h2>')
+    out += [f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>' for shows, way in hints]
+    out.append('' if hints else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>')
+
+    out.append('<h2>Curves</h2><div class=grid>')
+    for title, words, svg in charts(run):
+        legend = ' <i style="background: var(--train)"></i>training <i style="background: var(--val)"></i>validation' if title == 'Loss' else ''
+        out.append(f'<figure role=img aria-label="{esc(words)}"><figcaption>{title}{legend}</figcaption>{svg}</figure>')
+    every = -(-len(run.evaluations) // 40) or 1
+    rows = [
+        (shown(r['step']), shown(r['tokens']), clock(r['seconds']), shown(run.train_at(r['step'] or 0), '.4f'))
+        + (shown(r['val_loss'], '.4f'), shown(r['val_bpb'], '.3f'))
+        for r in run.evaluations[::-every][::-1]
+    ]
+    head = ('step', 'tokens', 'time', 'training loss', 'validation loss', 'bits per byte')
+    out.append(f'</div><details><summary>The evaluations in figures</summary>{table(rows, head, numbers=True)}</details>' if rows else '</div>')
+
+    out.append('<h2>Samples over time</h2>')
+    last = {s['step']: s for s in run.samples}  # a resumed run may have taken one twice
+    kept = list(last.values()) if len(last) <= 6 else [list(last.values())[i * (len(last) - 1) // 5] for i in range(6)]
+    cards = ''
+    for sample in kept:
+        name = ', '.join(filter(None, (f'step {sample["step"]:,}' if sample['step'] else '', sample['remark'])))
+        cards += f'<div class=card><small>{esc(name)}</small><div class=text tabindex=0>{esc(sample["text"].strip())}</div></div>'
+    none = f'<p>None were taken (sample_interval is 0); <code>python sample.py --out_dir={esc(run.out_dir)}</code> writes with the model.</p>'
+    out.append(f'<div class=grid>{cards}</div>' if cards else none)
+
+    mfu, seconds = run.median('mfu'), run.seconds()
+    facts = [('median speed', f'{shown(run.median("tokens_per_second"))} tokens/s' + (f', {mfu:.0%} of what a large matrix product does here' if mfu else ''))]
+    facts += [(name, f'{clock(value)} ({value / (sum(seconds.values()) or 1):.0%})') for name, value in seconds.items() if value]
+    facts += [(f'memory: {name}', f'{value:,.1f} MB') for name, value in memory.items() if value]
+    data = [('dataset', run.config.get('dataset', '–'))] + list((run.fact('data') or {}).items())
+    words_ = run.figure('data', 'training tokens')
+    data += [('times read', f'{run.tokens / words_:.2f}')] if words_ else []
+    place = list((run.fact('environment') or {}).items())
+    place += [('command', run.fact('command'))] if run.fact('command') else []
+    place += [('begun', ', '.join(f'{s.get("began")} at step {s.get("from_step")}' for s in run.sessions))] if run.sessions else []
+    absent = [('', 'not recorded by this run')]
+    for title, found in ('Speed and memory', facts), ('Data', data), ('Environment', place or absent):
+        cells = [(name, f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value) for name, value in found if value is not None]
+        out.append(f'{"<div class=grid>" if title == "Speed and memory" else ""}<section><h2>{title}</h2>{table(cells)}</section>')
+    changed = run.fact('changed') if isinstance(run.fact('changed'), list) else list(run.config)
+    out.append(f'<section><h2>Settings</h2>{table([(k, v) for k, v in run.config.items() if k in changed])}')
+    rest = [(k, v) for k, v in run.config.items() if k not in changed]
+    out.append(f'<details><summary>All others, which have their defaults</summary>{table(rest)}</details>' if rest else '')
+    out.append(f'</section></div><p><small>Written {time.strftime("%Y-%m-%d %H:%M")} by lyreGPT\'s report.py.</small></p>')
+    return PAGE.substitute(title=esc(f'{run.out_dir}: a run'), body='\n'.join(out))
+
+
+def write(out_dir: str) -> str:
+    """Write out_dir/report.html, whole or not at all; returns its path. Raises UserError if there is nothing to tell, OSError if it cannot be written."""
+    path = os.path.join(out_dir, 'report.html')
+    try:
+        write_whole(path, page(read_run(out_dir)).encode('utf-8', 'replace'))
+    except ImportError as error:
+        raise UserError(f'{path}: {error.name} is not installed: pip install -r requirements.txt') from None
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Two side by side
+
+
+def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """([(figure, of a, of b)], what must be known to read them): settings that differ, then what came of them."""
+    names = [k for k in a.config | b.config if k not in ('out_dir', 'init_from') and a.config.get(k) != b.config.get(k)]
+    rows = [(name, str(a.config.get(name, '–')), str(b.config.get(name, '–'))) for name in names]
+    remarks, both = [], (a, b)
+
+    def line(name: str, form: str, values: Sequence[float | None]) -> None:
+        if any(v is not None for v in values):
+            rows.append((name, shown(values[0], form), shown(values[1], form)))
+
+    def same(name: str) -> bool | None:
+        values = [run.fact('data', name) for run in both]
+        return None if None in values else values[0] == values[1]
+
+    tokenizers = [read_bytes(os.path.join(run.out_dir, 'tokenizer.json')) for run in both]
+    losses = bits = True
+    if tokenizers[0] != tokenizers[1]:
+        losses, bits = False, bool(same('validation bytes') and all(map(whole_split, both)))
+        then = 'bits per byte do (their validation texts have as many bytes).' if bits else 'and nothing tells that their validation texts are the same.'
+        remarks.append(f'Their tokenizers differ, so losses per token do not compare; {then}')
+    elif same('validation fingerprint') is False or same('validation tokens') is False:
+        losses = bits = False
+        remarks.append('Their validation data differ: no loss of the one compares with one of the other.')
+    elif same('validation windows read') is False and not all(map(whole_split, both)):
+        losses = bits = False
+        remarks.append('They were evaluated on different parts of the validation split (eval_iters): their losses do not compare.')
+    elif same('validation fingerprint') is None:
+        remarks.append('A run of before run.json does not tell its validation data: they are taken to be the same.')
+
+    best: list[Row] = [run.best or {} for run in both]
+    line('parameters', ',.0f', [run.figure('model', 'parameters') for run in both])
+    line('steps', ',.0f', [run.last['step'] for run in both])
+    line('tokens read', ',.0f', [run.tokens for run in both])
+    if losses:
+        line('best validation loss', '.4f', [row.get('val_loss') for row in best])
+        line('at step', ',.0f', [row.get('step') for row in best])
+    if bits:
+        line('best bits per byte', '.4f', [row.get('val_bpb') for row in best])
+    for axis, form in ('tokens', ',.0f'), ('seconds', ',.1f'):
+        where = min(run.last[axis] or 0.0 for run in both)
+        values = [run.val_at(min(where, run.evaluations[-1][axis] or 0.0), axis) if run.evaluations else None for run in both]
+        if losses and None not in values:
+            line(f'validation loss after {where:{form}} {axis}', '.4f', values)
+    if losses and a.tokens != b.tokens:
+        remarks.append("At equal tokens or seconds the longer run's learning rate had not come down yet. Between evaluations a straight line is assumed.")
+    line('last training loss', '.4f', [run.train_at(run.steps) if losses else None for run in both])
+    line('tokens/s (median)', ',.0f', [run.median('tokens_per_second') for run in both])
+    line('share of the ceiling', '.0%', [run.median('mfu') for run in both])
+    line('seconds in all', ',.1f', [run.last['seconds'] for run in both])
+    line('peak memory, MB', ',.0f', [run.figure('memory', 'peak') for run in both])
+    machines = [run.fact('environment') or {} for run in both]
+    names = [name for name in machines[0] | machines[1] if machines[0].get(name) != machines[1].get(name)]
+    rows += [(name, str(machines[0].get(name, '–')), str(machines[1].get(name, '–'))) for name in names]
+    return rows, remarks
+
+
+def whole_split(run: Run) -> bool:
+    return run.fact('data', 'validation windows read') == run.fact('data', 'validation windows')
+
+
+def read_bytes(path: str) -> bytes:
+    try:
+        with open(path, 'rb') as f:
+            return f.read()
+    except OSError:
+        return b''
+
+
+def main() -> None:
+    print(write(configure(Knobs, description="Write a run's report.html.").out_dir))
+
+
+if __name__ == '__main__':
+    run(main)

@@ -416,7 +416,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             model={'parameters': model.num_params(), 'vocabulary': model.config.vocab_size, 'arch': model.config.arch},
             data={'folder': folder, 'tokenizer': tokenizer.kind, 'training tokens': n_tokens, 'tokens a step': tokens_per_step, 'windows at once': micro}
             | {'validation tokens': val_split.n_tokens, 'validation windows read': windows, 'validation windows': val_split.eval_windows()}
-            | {f'{name} bytes': counts.get('bytes') for name, counts in splits.items()}
+            | {f'{word} bytes': splits.get(name, {}).get('bytes') for word, name in (('training', 'train'), ('validation', 'val'))}
             | {'validation fingerprint': hashlib.sha256(first).hexdigest()[:16]},
         )
 
