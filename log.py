@@ -13,10 +13,9 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError
 from dataset import write_whole
-from report import read_sessions
+from report import METRICS, read_sessions
 from tokenizer import Tokenizer
 
-METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 OF_A_RUN = tuple(
     'ckpt.prev.pt ckpt.prev ckpt.pt ckpt best.pt best best.prev metrics.csv train.log config.json run.json tokenizer.json report.html'.split()
 )

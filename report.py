@@ -27,6 +27,7 @@ import numpy as np
 from configurator import UserError, configure, run
 from dataset import write_whole
 
+METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 Row = dict[str, float | None]  # of metrics.csv; None: a field without a figure
 
 
@@ -104,7 +105,7 @@ def read_rows(out_dir: str) -> list[Row]:
     with open(os.path.join(out_dir, 'metrics.csv'), encoding='utf-8', errors='replace', newline='') as f:
         lines = (line for line in f if len(line) < 10_000 and '\0' not in line)  # a power cut may leave zeros
         rows = [row for row in csv.DictReader(lines) if (row.get('step') or '').isdigit() and row.get('mfu') is not None]
-    return [{key: number(value) for key, value in row.items() if key} for row in rows]
+    return [{key: number(row.get(key)) for key in METRICS} for row in rows]
 
 
 def read_samples(out_dir: str, most_bytes: int = 1_000_000) -> list[dict[str, Any]]:
@@ -165,12 +166,17 @@ def advice(run: Run) -> list[Hint]:
     return trouble(run) + hints + size_and_words(run, shape) + upkeep(run)
 
 
-def again(run: Run, **knobs: Any) -> str:
-    """The command for the same run but for some knobs, in a new folder."""
+def command(run: Run) -> str:
+    """What makes the same run anew in another folder; the hints' knobs go behind it."""
+    words = ['python', 'train.py', f'{run.out_dir}/config.json', f'--out_dir={run.out_dir}-next']
     if run.config.get('init_from') == 'resume':
-        knobs = {'init_from': 'scratch' if run.fact('began_from') in (None, 'resume') else run.fact('began_from')} | knobs
-    words = [f'--{name}={value:.6g}' if isinstance(value, float) else f'--{name}={value}' for name, value in knobs.items()]
-    return shlex.join(['python', 'train.py', f'{run.out_dir}/config.json', f'--out_dir={run.out_dir}-next', *words])
+        words.append(f'--init_from={run.fact("began_from") if is_tuned(run) else "scratch"}')
+    return shlex.join(words)
+
+
+def knobs(**values: Any) -> str:
+    """Knobs as they are typed, marked as code."""
+    return '`' + ' '.join(f'--{name}={value:.4g}' if isinstance(value, float) else f'--{name}={value}' for name, value in values.items()) + '`'
 
 
 def knob(run: Run, name: str, default: float = 0.0) -> float:
@@ -196,7 +202,7 @@ def trouble(run: Run) -> list[Hint]:
         shows.append(f'The training loss jumped {len(jumps)} times, the most at step {step:,}, from {was:.2f} to {loss:.2f}.')
     if clipped > 0.5:
         shows.append(f'After the warm-up the gradient was more than 3 times longer than grad_clip={clip:g} in {clipped:.0%} of the log lines.')
-    return [(' '.join(shows), f'A lower learning rate: {again(run, learning_rate=rate / 3)}')] if shows and rate else []
+    return [(' '.join(shows), f'A lower learning rate: {knobs(learning_rate=rate / 3)}')] if shows and rate else []
 
 
 def verdict(run: Run) -> tuple[str, list[Hint]]:
@@ -207,7 +213,7 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
     steps, val, train = run.steps, run.evaluations[-1]['val_loss'] if run.evaluations else None, run.train_at(run.steps)
     if len(run.evaluations) < 3:
         shows = f'{len(run.evaluations)} evaluation{"s" * (len(run.evaluations) != 1)}: too few to see whether it learns more than its text by heart.'
-        return '', [(shows, f'Evaluate more often: {again(run, eval_interval=max(1, steps // 10))}')]
+        return '', [(shows, f'Evaluate more often: {knobs(eval_interval=max(1, steps // 10))}')]
     if val is None or train is None or not run.best:
         return '', []
     at, low, third = int(run.best['step'] or 0), run.best['val_loss'] or 0.0, 2 * steps / 3
@@ -222,21 +228,21 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
             else f'Over the last third of the steps the training loss fell by {train_fell:.3f} to {train:.3f}, the validation loss by '
             f'{max(0.0, val_fell):.3f} to {val:.3f}: what it still learns, it learns by heart (overfitting begins).'
         )
-        ways = ['More words', f'or dropout: {again(run, dropout=min(0.5, knob(run, "dropout") + 0.1))}', f'or stop in time: {again(run, patience=3)}']
+        ways = ['More words', f'dropout, {knobs(dropout=min(0.5, knob(run, "dropout") + 0.1))}', f'a stop in time, {knobs(patience=3)}']
         if not is_tuned(run) and knob(run, 'n_layer') > 1:
-            ways.append(f'or a smaller model: {again(run, n_layer=int(knob(run, "n_layer")) // 2)}')
-        return 'by heart', [(shows, '; '.join(ways))]
+            ways.append(f'a smaller model, {knobs(n_layer=int(knob(run, "n_layer")) // 2)}')
+        return 'by heart', [(shows, '; or '.join(ways) + '.')]
     if doubling > 0.02 * val:
         minutes = knob(run, 'max_minutes')
         longer = {'max_minutes': 2 * minutes} if minutes else {'max_iters': 2 * steps}
         if not minutes and run.config.get('lr_decay_iters') is not None:
             longer['lr_decay_iters'] = 2 * steps
         shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
-        way = f'It was too short. Train longer: {again(run, **longer)}'
+        way = f'It was too short: train longer, {knobs(**longer)}'
         middle, first = run.train_at(steps / 2), run.training[0]['train_loss'] or 0.0
         if middle and middle - train > 0.8 * (first - middle):
             shows += f' The second half brought the training loss {middle - train:.2f}, the first {first - middle:.2f}: it is slow.'
-            way += f'; or faster: {again(run, learning_rate=3 * knob(run, "learning_rate"))}'
+            way += f'; or faster, {knobs(learning_rate=3 * knob(run, "learning_rate"))}'
         return 'too short', [(shows, way)]
     if abs(val - train) < 0.05 * val and half is not None:
         shows = (
@@ -244,7 +250,7 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
             f'{doubling:.3f}: the model holds what it can hold (it is too small).'
         )
         wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd')}
-        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {again(run, **wider)}')]
+        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {knobs(**wider)}')]
     return '', []
 
 
@@ -261,7 +267,7 @@ def size_and_words(run: Run, shape: str) -> list[Hint]:
         return [(shows, f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.')]
     if each < 10 and shape != 'by heart' and not run.config.get('max_minutes'):
         shows = f'It read {each:.2g} tokens a parameter; about 20 are best for a budget of computing (Hoffmann et al. 2022).'
-        return [(shows, f'More steps: {again(run, max_iters=math.ceil(wanted / run.tokens * run.steps))}')]
+        return [(shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}')]
     return []
 
 
@@ -270,18 +276,18 @@ def upkeep(run: Run) -> list[Hint]:
     found: list[Hint] = []
     read, windows, held = (run.figure('data', f'validation {name}') for name in ('windows read', 'windows', 'tokens'))
     if read and windows and held and (judged := held * read / windows) < 10_000:
-        way = f'Read all of it: {again(run, eval_iters=None)}' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
+        way = f'Read all of it: {knobs(eval_iters=None)}' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
         found.append((f'The validation loss is the mean over {judged:,.0f} tokens; below 10,000, differences of a percent may be chance.', way))
     seconds, mfu = run.seconds(), run.median('mfu')
     total = sum(seconds.values())
     if total > 60 and seconds.get('evaluation', 0.0) > 0.2 * total:
-        way = again(run, eval_interval=2 * int(knob(run, 'eval_interval', 1)))
+        way = knobs(eval_interval=2 * int(knob(run, 'eval_interval', 1)))
         found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often: {way}'))
     if total > 60 and mfu is not None and mfu < 0.15:
         at_once, windows = run.figure('data', 'windows at once') or 0.0, knob(run, 'batch_size', 1) * knob(run, 'gradient_accumulation_steps', 1)
-        ways = [] if run.fact('environment', 'model is') == 'compiled' else [again(run, compile=True)]
+        ways = [] if run.fact('environment', 'model is') == 'compiled' else [knobs(compile=True)]
         if at_once < windows:
-            ways.append(again(run, batch_size='auto', gradient_accumulation_steps=int(windows)))
+            ways.append(knobs(batch_size='auto', gradient_accumulation_steps=int(windows)))
         if ways:
             found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', 'Try ' + '; or '.join(ways)))
     return found
@@ -298,10 +304,11 @@ def charts(run: Run) -> list[tuple[str, str, str]]:
     """(title, the same in words, SVG) of each curve that the run left figures for."""
     ratio = run.best and run.best['val_bpb'] and run.best['val_loss'] and run.best['val_bpb'] / run.best['val_loss']
     speed, mfu, clip = run.median('tokens_per_second'), run.median('mfu'), knob(run, 'grad_clip')
+    share = 100 * mfu / speed if mfu and speed else 0.0
     found = [draw('Loss', {'train_loss': TRAIN, 'val_loss': VAL}, run, right=('bits per byte', ratio or 0.0))]
     found.append(draw('Learning rate', {'lr': TRAIN}, run))
     found.append(draw('Gradient norm', {'grad_norm': TRAIN}, run, log=True, level=clip))
-    found.append(draw('Tokens per second', {'tokens_per_second': TRAIN}, run, right=('share of the ceiling', mfu / speed if mfu and speed else 0.0), zero=True))
+    found.append(draw('Tokens per second', {'tokens_per_second': TRAIN}, run, right=('% of the ceiling', share), zero=True))
     return [chart for chart in found if chart[2]]
 
 
@@ -320,7 +327,7 @@ def draw(
     words = [f'{name.replace("_", " ")} from {v[0][1]:.4g} to {v[-1][1]:.4g}, lowest {min(y for _, y in v):.4g}' for name, v in points.items()]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what someone's matplotlibrc says
-        look: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.formatter.limits': (-3, 6)}
+        look: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.formatter.limits': (-5, 8)}
         matplotlib.rcParams.update(look | dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'), INK))
         figure = Figure(figsize=(4.4, 2.6), )
         axes = figure.add_axes((0.13, 0.16, 0.74, 0.8))
@@ -338,13 +345,14 @@ def draw(
             axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         if zero:
             axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter('{x:,.0f}')
         if right[1]:
             other = axes.secondary_yaxis('right', functions=(lambda v: np.multiply(v, right[1]), lambda v: np.divide(v, right[1])))
             other.set_ylabel(right[0])
             other.spines[:].set_visible(False)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[['top', 'right']].set_visible(False)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter('{x:,.0f}')
         axes.set_xlabel('steps')
         out = io.StringIO()
@@ -377,6 +385,7 @@ h1, h2 { font: 600 1.2rem/1.3 "Iowan Old Style", Palatino, Charter, Georgia, "Li
 h1 { font-size: 1.7rem; margin-top: 0; }
 p { max-width: 46rem; }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
+.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem .9rem; min-width: 0; break-inside: avoid; }
 figcaption { font-weight: 600; }
 figcaption i { display: inline-block; width: 1.2rem; height: 4px; border-radius: 2px; margin: 0 .3rem 0 .7rem; vertical-align: middle; }
@@ -419,8 +428,8 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), numbers: bool
 
 
 def in_words(text: str) -> str:
-    """A hint as HTML: its commands stand in <code>."""
-    return re.sub(r'(python train\.py [^;]*)', r'<code>\1</code>', esc(text))
+    """A hint as HTML."""
+    return re.sub(r'`([^`]*)`', r'<code>\1</code>', esc(text))
 
 
 def clock(seconds: float | None) -> str:
@@ -460,6 +469,7 @@ def page(run: Run) -> str:
     hints = advice(run)
     out.append('<h2>What to try next</h2>')
     out += [f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>' for shows, way in hints]
+    out.append(f'<p><small>The knobs go behind <code>{esc(command(run))}</code></small></p>' if any('`' in way for _, way in hints) else '')
     out.append('' if hints else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>')
 
     out.append('<h2>Curves</h2><div class=grid>')
@@ -483,7 +493,7 @@ def page(run: Run) -> str:
         name = ', '.join(filter(None, (f'step {sample["step"]:,}' if sample['step'] else '', sample['remark'])))
         cards += f'<div class=card><small>{esc(name)}</small><div class=text tabindex=0>{esc(sample["text"].strip())}</div></div>'
     none = f'<p>None were taken (sample_interval is 0); <code>python sample.py --out_dir={esc(run.out_dir)}</code> writes with the model.</p>'
-    out.append(f'<div class=grid>{cards}</div>' if cards else none)
+    out.append(f'<div class="grid three">{cards}</div>' if cards else none)
 
     mfu, seconds = run.median('mfu'), run.seconds()
     facts = [('median speed', f'{shown(run.median("tokens_per_second"))} tokens/s' + (f', {mfu:.0%} of what a large matrix product does here' if mfu else ''))]

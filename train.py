@@ -420,7 +420,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             | {'validation fingerprint': hashlib.sha256(first).hexdigest()[:16]},
         )
 
-    def so_far() -> dict[str, Any]:
+    def costs() -> dict[str, Any]:
         return {'step': step, 'seconds': took | {'training': train_seconds}, 'memory': memory_by_part(model, optimizers.values(), device)}
 
     @torch.no_grad()
@@ -460,7 +460,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if not main and not fsdp:
             return
         if log:
-            log.note(**so_far())
+            log.note(**costs())
         state = {
             'model': model.state_dict(),
             'model_args': model.config.to_dict(),
@@ -721,7 +721,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             log.note(end=f'stopped by {signal.Signals(stopping).name}')  # and no report: who stops a run may not wait for one
             say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/{ckpt} at step {step:,}; go on with --init_from=resume')
         else:
-            log.note(end=f'stopped: {outcome}' if outcome else 'done', **so_far())
+            log.note(end=f'stopped: {outcome}' if outcome else 'done', **costs())
             say(
                 f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
                 f'write with: python sample.py --out_dir={config.out_dir}' + (f'; {write_report(config.out_dir)}' if config.report else '')
