@@ -162,8 +162,10 @@ Hint = tuple[str, str]  # what the figures show, what to try
 
 def advice(run: Run) -> list[Hint]:
     """What the run's figures point to, and what to try, the weightiest first; [] if they point to nothing."""
+    if found := trouble(run):  # what else its losses seem to say is worth nothing
+        return found + upkeep(run)
     shape, hints = verdict(run)
-    return trouble(run) + hints + size_and_words(run, shape) + upkeep(run)
+    return hints + size_and_words(run, shape) + upkeep(run)
 
 
 def command(run: Run) -> str:
@@ -202,7 +204,7 @@ def trouble(run: Run) -> list[Hint]:
         shows.append(f'The training loss jumped {len(jumps)} times, the most at step {step:,}, from {was:.2f} to {loss:.2f}.')
     if clipped > 0.5:
         shows.append(f'After the warm-up the gradient was more than 3 times longer than grad_clip={clip:g} in {clipped:.0%} of the log lines.')
-    return [(' '.join(shows), f'A lower learning rate: {knobs(learning_rate=rate / 3)}')] if shows and rate else []
+    return [(' '.join(shows), f'A lower learning rate: {knobs(learning_rate=rate / 3)}.')] if shows and rate else []
 
 
 def verdict(run: Run) -> tuple[str, list[Hint]]:
@@ -213,14 +215,14 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
     steps, val, train = run.steps, run.evaluations[-1]['val_loss'] if run.evaluations else None, run.train_at(run.steps)
     if len(run.evaluations) < 3:
         shows = f'{len(run.evaluations)} evaluation{"s" * (len(run.evaluations) != 1)}: too few to see whether it learns more than its text by heart.'
-        return '', [(shows, f'Evaluate more often: {knobs(eval_interval=max(1, steps // 10))}')]
+        return '', [(shows, f'Evaluate more often: {knobs(eval_interval=max(1, steps // 10))}.')]
     if val is None or train is None or not run.best:
         return '', []
     at, low, third = int(run.best['step'] or 0), run.best['val_loss'] or 0.0, 2 * steps / 3
     val_fell, train_fell = (run.val_at(third) or val) - val, (run.train_at(third) or train) - train
     half = run.val_at(steps / 2)
     doubling = val if half is None else half - val
-    if (rose := val > 1.01 * low and train < (run.train_at(at) or 0)) or val - train > 0.05 * val and val_fell < 0.2 * train_fell > 0.004 * train:
+    if (rose := val > 1.01 * low and val > train < (run.train_at(at) or 0)) or val - train > 0.05 * val and val_fell < 0.2 * train_fell > 0.004 * train:
         shows = (
             f'The validation loss was lowest at step {at:,} ({low:.3f}) and rose to {val:.3f} at step {steps:,}, while the training loss fell from '
             f'{run.train_at(at):.3f} to {train:.3f}: it learns its text by heart (overfitting). best.pt keeps the weights of step {at:,}.'
@@ -232,25 +234,25 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
         if not is_tuned(run) and knob(run, 'n_layer') > 1:
             ways.append(f'a smaller model, {knobs(n_layer=int(knob(run, "n_layer")) // 2)}')
         return 'by heart', [(shows, '; or '.join(ways) + '.')]
-    if doubling > 0.02 * val:
+    first = run.training[0]['train_loss'] or 0.0
+    if doubling > min(0.02 * val, 0.2 * (first - train)):  # the second, because a slow run has not fallen far
         minutes = knob(run, 'max_minutes')
         longer = {'max_minutes': 2 * minutes} if minutes else {'max_iters': 2 * steps}
         if not minutes and run.config.get('lr_decay_iters') is not None:
             longer['lr_decay_iters'] = 2 * steps
         shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
         way = f'It was too short: train longer, {knobs(**longer)}'
-        middle, first = run.train_at(steps / 2), run.training[0]['train_loss'] or 0.0
-        if middle and middle - train > 0.8 * (first - middle):
-            shows += f' The second half brought the training loss {middle - train:.2f}, the first {first - middle:.2f}: it is slow.'
+        if (middle := run.train_at(steps / 2)) and middle - train > 0.5 * (first - middle):
+            shows += f' The training loss fell by {first - middle:.2f} in the first half of the steps and by {middle - train:.2f} in the second: it learns slowly.'
             way += f'; or faster, {knobs(learning_rate=3 * knob(run, "learning_rate"))}'
-        return 'too short', [(shows, way)]
-    if abs(val - train) < 0.05 * val and half is not None:
+        return 'too short', [(shows, way + '.')]
+    if abs(val - train) < 0.03 * val and half is not None:
         shows = (
             f'Both losses stand still, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
             f'{doubling:.3f}: the model holds what it can hold (it is too small).'
         )
         wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd')}
-        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {knobs(**wider)}')]
+        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {knobs(**wider)}.')]
     return '', []
 
 
@@ -267,7 +269,7 @@ def size_and_words(run: Run, shape: str) -> list[Hint]:
         return [(shows, f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.')]
     if each < 10 and shape != 'by heart' and not run.config.get('max_minutes'):
         shows = f'It read {each:.2g} tokens a parameter; about 20 are best for a budget of computing (Hoffmann et al. 2022).'
-        return [(shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}')]
+        return [(shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}.')]
     return []
 
 
@@ -276,20 +278,20 @@ def upkeep(run: Run) -> list[Hint]:
     found: list[Hint] = []
     read, windows, held = (run.figure('data', f'validation {name}') for name in ('windows read', 'windows', 'tokens'))
     if read and windows and held and (judged := held * read / windows) < 10_000:
-        way = f'Read all of it: {knobs(eval_iters=None)}' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
+        way = f'Read all of it: {knobs(eval_iters=None)}.' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
         found.append((f'The validation loss is the mean over {judged:,.0f} tokens; below 10,000, differences of a percent may be chance.', way))
     seconds, mfu = run.seconds(), run.median('mfu')
     total = sum(seconds.values())
     if total > 60 and seconds.get('evaluation', 0.0) > 0.2 * total:
         way = knobs(eval_interval=2 * int(knob(run, 'eval_interval', 1)))
-        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often: {way}'))
+        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often: {way}.'))
     if total > 60 and mfu is not None and mfu < 0.15:
         at_once, windows = run.figure('data', 'windows at once') or 0.0, knob(run, 'batch_size', 1) * knob(run, 'gradient_accumulation_steps', 1)
         ways = [] if run.fact('environment', 'model is') == 'compiled' else [knobs(compile=True)]
         if at_once < windows:
             ways.append(knobs(batch_size='auto', gradient_accumulation_steps=int(windows)))
         if ways:
-            found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', 'Try ' + '; or '.join(ways)))
+            found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', f'Try {" or ".join(ways)}.'))
     return found
 
 
