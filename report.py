@@ -243,12 +243,12 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
         shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
         way = f'It was too short: train longer, {knobs(**longer)}'
         if (middle := run.train_at(steps / 2)) and middle - train > 0.5 * (first - middle):
-            shows += f' The training loss fell by {first - middle:.2f} in the first half of the steps and by {middle - train:.2f} in the second: it learns slowly.'
+            shows += f' The training loss fell by {first - middle:.2f} in the first half and by {middle - train:.2f} in the second: it learns slowly.'
             way += f'; or faster, {knobs(learning_rate=3 * knob(run, "learning_rate"))}'
         return 'too short', [(shows, way + '.')]
     if abs(val - train) < 0.03 * val and half is not None:
         shows = (
-            f'Both losses stand still, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
+            f'Both losses hardly move any more, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
             f'{doubling:.3f}: the model holds what it can hold (it is too small).'
         )
         wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd')}
