@@ -584,8 +584,7 @@ def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
     line('seconds in all', ',.1f', [run.last['seconds'] for run in both])
     line('peak memory, MB', ',.0f', [run.figure('memory', 'peak') for run in both])
     machines = [run.fact('environment') or {} for run in both]
-    names = [name for name in machines[0] | machines[1] if machines[0].get(name) != machines[1].get(name)]
-    rows += [(name, str(machines[0].get(name, '–')), str(machines[1].get(name, '–'))) for name in names]
+    rows += [(name, str(ours), str(theirs)) for name, ours in machines[0].items() if (theirs := machines[1].get(name, ours)) != ours]
     return rows, remarks
 
 
