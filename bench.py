@@ -5,6 +5,7 @@
     python bench.py --mode=train --peer=../nanoGPT                        (GPT-2's 124M, one step of 1 × 1024 tokens)
     python bench.py --mode=sample --peer=../nanoGPT --batch=16 --tokens=200
     python bench.py --mode=sample --peer=transformers
+    python bench.py --compare out-a out-b                                 (two runs that are there already, side by side)
     python bench.py --mode=serve --out_dir=out-darklyrics                 (serve.py with 1, 8 and 64 clients, beside generate's one text after another)
 
 Every figure comes from a process of its own. With --peer, ours and theirs run in turn (A B A B …) and the table gives
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import report
 from configurator import UserError, configure, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -58,11 +60,14 @@ class BenchConfig:
     compile: bool | Literal['auto'] = 'auto'  # for train and loss: as in train.py; for sample auto is CUDA
     device: str = 'auto'  # auto, cpu, cuda, mps
     json: str = ''  # write the figures to this file too
+    compare: list[str] | None = None  # measure nothing: set two runs side by side, as in --compare out-a out-b
 
     def __post_init__(self) -> None:
         for name in ('rounds', 'tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected at least 1')
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f'compare={",".join(self.compare)}: expected two folders, as in --compare out-a out-b')
 
 
 # -----------------------------------------------------------------------------
@@ -668,9 +673,25 @@ def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
     return {'mb_per_s': megabytes / (time.perf_counter() - began)}
 
 
+def show_two(config: BenchConfig) -> None:
+    """Two runs side by side. Their curves over one another are in serve.py's page, under Watch."""
+    a, b = (report.read_run(out_dir) for out_dir in config.compare or ())
+    rows, remarks = report.compare(a, b)
+    wide = [max(len(row[i]) for row in [('', a.out_dir, b.out_dir), *rows]) for i in range(3)]
+    for name, *values in [('', a.out_dir, b.out_dir), *rows]:
+        print(f'{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}')
+    print(*remarks, sep='\n')
+    if config.json:
+        with open(config.json, 'w', encoding='utf-8') as f:
+            json.dump({'runs': [a.out_dir, b.out_dir], 'figures': rows, 'remarks': remarks}, f, indent=1)
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     config = configure(BenchConfig, description='Measure speed, time to a loss, data and memory.')
+    if config.compare:
+        show_two(config)
+        return
     import torch
 
     from machine import matmul_ceiling, pick_device

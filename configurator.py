@@ -101,8 +101,8 @@ def run(main: Callable[[], Any]) -> None:
 def configure(knobs: type[T], argv: Sequence[str] | None = None, description: str = '') -> T:
     """Build the dataclass `knobs` from its defaults and `argv` (default: this process's arguments).
 
-    Understands `FILE.py|.json|.yaml`, `--key=value`, `--key value`, `--flag` (a bool knob), and `--help`, which prints the
-    knobs and exits. The names that were set stand in the result's `given`. Raises UserError for an unknown knob, a value
+    Understands `FILE.py|.json|.yaml`, `--key=value`, `--key value`, `--key a b` (a list: all words up to the next option), `--flag` (a bool
+    knob), and `--help`, which prints the knobs and exits. The names that were set stand in the result's `given`. Raises UserError for an unknown knob, a value
     of the wrong type, or whatever ValueError the dataclass's own `__post_init__` raises.
     """
     types_ = typing.get_type_hints(knobs)
@@ -122,6 +122,9 @@ def configure(knobs: type[T], argv: Sequence[str] | None = None, description: st
             is_flag = bool in _members(types_[key])
             if words and (_fits(types_[key], words[0]) if is_flag else not words[0].startswith('--')):
                 text = words.pop(0)
+                if any(typing.get_origin(member) in (list, tuple) for member in _members(types_[key])):
+                    while words and not words[0].startswith('--'):
+                        text += ',' + words.pop(0)
             elif is_flag:
                 text = 'True'
             else:

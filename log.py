@@ -1,4 +1,4 @@
-"""What a run tells the outside: the console, train.log, metrics.csv, config.json, and wandb or TensorBoard when asked for."""
+"""What a run tells the outside: the console, train.log, metrics.csv, config.json, run.json, and wandb or TensorBoard when asked for."""
 
 import contextlib
 import csv
@@ -13,20 +13,24 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError
 from dataset import write_whole
+from report import METRICS, read_sessions
 from tokenizer import Tokenizer
 
-METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
-OF_A_RUN = ('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'best.prev', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json')
+OF_A_RUN = tuple(
+    'ckpt.prev.pt ckpt.prev ckpt.pt ckpt best.pt best best.prev metrics.csv train.log config.json run.json tokenizer.json report.html'.split()
+)
 
 
 class Log:
-    """train.log, metrics.csv and config.json in out_dir, the console, and wandb or TensorBoard when asked for.
+    """train.log, metrics.csv, config.json and run.json in out_dir, the console, and wandb or TensorBoard when asked for.
+
+    run.json is a list with a dictionary for each time that the run was started or resumed: what is no knob and no curve (machine, data, memory).
 
     On resume, rows that a killed run wrote after its last checkpoint are dropped from metrics.csv: the resumed run writes them again.
     """
 
     def __init__(self, config: Any, step: int, tokenizer: Tokenizer):
-        resuming = config.init_from == 'resume'
+        self.out_dir, resuming = config.out_dir, config.init_from == 'resume'
         path = os.path.join(config.out_dir, 'metrics.csv')
         try:
             os.makedirs(config.out_dir, exist_ok=True)
@@ -53,6 +57,7 @@ class Log:
         except OSError as error:
             raise UserError(f'out_dir={config.out_dir}: cannot be written ({error.strerror})') from None
         self.writer = csv.DictWriter(self.metrics, METRICS)
+        self.sessions = (read_sessions(config.out_dir) if resuming else []) + [{}]
         self.wandb = self.board = None
         try:
             if config.wandb_log:
@@ -92,6 +97,12 @@ class Log:
         if self.board:
             for key, value in figures.items():
                 self.board.add_scalar(key, value, values['step'])
+
+    def note(self, **facts: Any) -> None:
+        """Put facts about this start of the run into run.json."""
+        self.sessions[-1] |= facts
+        with contextlib.suppress(OSError):
+            write_whole(os.path.join(self.out_dir, 'run.json'), json.dumps(self.sessions, indent=1).encode())
 
     def sync(self) -> None:
         """Have metrics.csv reach the disk."""

@@ -1,4 +1,4 @@
-"""The machine at hand: its device, the number format that it multiplies fast, whether it can compile, its memory.
+"""The machine at hand: its device, the number format that it multiplies fast, whether it can compile, its memory, its name in a report.
 
 Also the three words that a weight cut over processes (a DTensor) and a plain one both understand: `is_sharded`, `local`, `put`.
 """
@@ -6,9 +6,13 @@ Also the three words that a weight cut over processes (a DTensor) and a plain on
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -104,6 +108,44 @@ def keep_freed_memory() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def memory_by_part(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> dict[str, float]:
+    """This process's memory for the training so far, in MB: weights, gradients, optimizer states, and the peak, where the system tells it.
+
+    On CUDA the peak is of what PyTorch allocated on the GPU, elsewhere of the whole process with its libraries.
+    """
+    weights = [local(p) for p in model.parameters()]
+    states = [local(v) for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
+    held = sum(w.numel() * w.element_size() for w in weights) / 1e6
+    parts = {'weights': held, 'gradients': held, 'optimizer states': sum(v.numel() * v.element_size() for v in states) / 1e6}
+    if device.type == 'cuda':
+        return parts | {'peak': torch.cuda.max_memory_allocated(device) / 1e6}
+    with contextlib.suppress(ImportError):  # Windows has no such figure
+        import resource
+
+        parts['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+    return parts
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a report names, so that a run can be made again: versions, system, device, processors, memory, and this code's commit if git tells it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    told: dict[str, Any] = {'Python': platform.python_version(), 'PyTorch': torch.__version__, 'system': platform.platform()}
+    told['device'] = f'cuda, {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else device.type
+    if device.type == 'cpu':
+        told['device'] += f', {torch.backends.cpu.get_cpu_capability()}'
+    told |= {'processors': os.cpu_count(), 'threads': torch.get_num_threads()}
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
+        told['memory'] = f'{os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9:,.1f} GB'
+    if device.type == 'cuda':
+        told['GPU memory'] = f'{torch.cuda.get_device_properties(device).total_memory / 1e9:,.1f} GB'
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if os.path.exists(os.path.join(here, '.git')):  # else git would look at the folders above
+            told['commit'] = subprocess.check_output(
+                ['git', '-C', here, 'describe', '--always', '--dirty'], stderr=subprocess.DEVNULL, text=True, timeout=5
+            ).strip()
+    return told
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

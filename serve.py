@@ -10,7 +10,6 @@ else: no telemetry, no fonts or scripts from other hosts. The page's Watch tab s
 import asyncio
 import base64
 import contextlib
-import csv
 import dataclasses
 import functools
 import glob
@@ -42,6 +41,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import originality
+import report
 from configurator import UserError, configure, run
 from dataset import folder_of, song_head, token_files
 from engine import Ended, Engine, Full, Piece, Row
@@ -250,7 +250,7 @@ class Writer:
             'context': self.model.config.block_size,
             'max_tokens': config.max_new_tokens,
             'step': about.get('iter_num'),
-            'val_loss': number(str(about.get('best_val_loss'))),
+            'val_loss': report.number(about.get('best_val_loss')),
             'songs': 'lyrics' in self.dataset,
             'originality': has_training_split(self.dataset),
         }
@@ -433,36 +433,10 @@ def read_curves(folder: str) -> dict[str, list[float | None]]:
 @functools.lru_cache(64)  # the page asks again and again
 def curves_of(path: str, changed: int, size: int, most: int = 2000) -> dict[str, list[float | None]]:
     """The columns of a metrics.csv, its rows thinned to `most` or so; `changed` and `size` tell when to read it anew."""
-    with open(path, encoding='utf-8', errors='replace', newline='') as f:
-        lines = (line for line in f if len(line) < 10_000 and '\0' not in line)  # a power cut may leave zeros
-        rows = [row for row in csv.DictReader(lines) if (row.get('step') or '').isdigit() and row.get('mfu') is not None]
+    rows = report.read_rows(os.path.dirname(path))
     every = -(-len(rows) // most)
-    rows = [row for i, row in enumerate(rows) if i % max(1, every) == 0 or row.get('val_loss') or i == len(rows) - 1]
-    return {key: [number(row.get(key)) for row in rows] for key in CURVES}
-
-
-def number(text: str | None) -> float | None:
-    """What a field of metrics.csv says; None if it is empty, or no finite number (JSON has none of those)."""
-    try:
-        value = float(text or 'nan')
-    except ValueError:
-        return None
-    return value if abs(value) < float('inf') else None
-
-
-def read_samples(folder: str, most: int = 3) -> list[dict[str, Any]]:
-    """The last samples in train.log, each with the step at which it was taken; [] if there are none."""
-    try:
-        with open(os.path.join(folder, 'train.log'), 'rb') as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 100_000))
-            log = f.read().decode('utf-8', 'replace')
-    except OSError:
-        return []
-    found = []
-    for sample in re.finditer(r'^--- sample\n(.*?)\n---$', log, re.DOTALL | re.MULTILINE):
-        steps = re.findall(r'^step (\d+)', log[: sample.start()], re.MULTILINE)
-        found.append({'step': int(steps[-1]) if steps else None, 'text': sample[1]})
-    return found[-most:]
+    rows = [row for i, row in enumerate(rows) if i % max(1, every) == 0 or row['val_loss'] is not None or i == len(rows) - 1]
+    return {key: [row[key] for row in rows] for key in CURVES}
 
 
 def describe_run(name: str, folder: str) -> dict[str, Any]:
@@ -601,7 +575,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
         folder = find_runs(config.runs_dir).get(name)  # looked up, never joined to a path
         with contextlib.suppress(OSError):  # moved away meanwhile
             if folder:
-                return {'name': name, 'columns': read_curves(folder), 'samples': read_samples(folder)}
+                return {'name': name, 'columns': read_curves(folder), 'samples': report.read_samples(folder, 100_000)[-3:]}
         raise Refusal(404, f'there is no run {name!r} here')
 
     @app.get('/', include_in_schema=False)

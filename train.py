@@ -13,6 +13,7 @@ What a step does depends on the knobs, the seed and the step's number alone: bat
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -34,10 +35,22 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import report
 from configurator import UserError, configure, given, run
 from dataset import Split, bytes_per_token, folder_of, read_meta, read_tokenizer
 from log import Log
-from machine import can_compile, fast_bf16, is_sharded, keep_freed_memory, local, matmul_ceiling, pick_dtype, put
+from machine import (
+    can_compile,
+    environment,
+    fast_bf16,
+    is_sharded,
+    keep_freed_memory,
+    local,
+    matmul_ceiling,
+    memory_by_part,
+    pick_dtype,
+    put,
+)
 from model import GPT, GPTConfig
 from optimizer import configure_optimizers
 from originality import Index
@@ -51,7 +64,7 @@ class TrainConfig:
     """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
 
     # Where things are
-    out_dir: str = 'out'  # checkpoints, metrics.csv, train.log and config.json go here
+    out_dir: str = 'out'  # checkpoints, metrics.csv, train.log, config.json and report.html go here
     dataset: str = 'openwebtext'  # a folder, or a name under data/
     prepare: str = ''  # the script and options that make the dataset, if they are not data/<dataset>/prepare.py
     init_from: str = 'scratch'  # scratch, resume; or tune gpt2 … gpt2-xl, a Hugging Face folder, a checkpoint; auto (or auto:gpt2 …): resume if it can
@@ -103,6 +116,7 @@ class TrainConfig:
     wandb_project: str = 'lyregpt'  # the project there
     wandb_run_name: str | None = None  # the run's name there; None: out_dir
     tensorboard_log: bool = False  # log to out_dir for TensorBoard (pip install tensorboard)
+    report: bool = True  # end with out_dir/report.html: the run on one page, and what to try next (see report.py)
     # Stopping and saving
     patience: int = 0  # stop after this many evaluations without a better validation loss; 0 is off
     target_val_loss: float | None = None  # stop once the validation loss is this low
@@ -152,7 +166,7 @@ class TrainConfig:
 
 
 MACHINE_KNOBS = tuple(
-    'init_from out_dir device dtype compile remat parallel cpu_offload backend timeout_minutes wandb_log tensorboard_log eval_only '
+    'init_from out_dir device dtype compile remat parallel cpu_offload backend timeout_minutes wandb_log tensorboard_log report eval_only '
     'checkpoint_interval checkpoint_minutes checkpoint_async prepare'.split()  # prepare: a checkpoint must not name a script to be run
 )
 BEST_KEYS = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer', 'meta')
@@ -390,6 +404,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.originality and not config.eval_only:
         team.told(lambda: indexes.append(Index.open(folder)))
     ceiling = matmul_ceiling(device, dtype)
+    took = {'training': 0.0, 'evaluation': 0.0, 'saving': 0.0, 'samples': 0.0}  # seconds
+    if log:
+        first = b''.join(shard.read(0, min(len(shard), 1 << 16)).tobytes() for shard in val_split.shards)
+        log.note(
+            began=time.strftime('%Y-%m-%d %H:%M:%S'),
+            command=shlex.join(['python', *sys.argv]) if os.path.basename(sys.argv[0]) == 'train.py' else '',
+            from_step=step,
+            began_from=began_from,
+            changed=[f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default],
+            environment=environment(device)
+            | {'numbers': str(dtype).removeprefix('torch.'), 'model is': 'compiled' if compiled else 'eager', 'processes': team.size},
+            model={'parameters': model.num_params(), 'vocabulary': model.config.vocab_size, 'arch': model.config.arch},
+            data={'folder': folder, 'tokenizer': tokenizer.kind, 'training tokens': n_tokens, 'tokens a step': tokens_per_step, 'windows at once': micro}
+            | {'validation tokens': val_split.n_tokens, 'validation windows read': windows, 'validation windows': val_split.eval_windows()}
+            | {f'{word} bytes': splits.get(name, {}).get('bytes') for word, name in (('training', 'train'), ('validation', 'val'))}
+            | {'validation fingerprint': hashlib.sha256(first).hexdigest()[:16]},
+        )
+
+    def costs() -> dict[str, Any]:
+        return {'step': step, 'seconds': took | {'training': train_seconds}, 'memory': memory_by_part(model, optimizers.values(), device)}
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -419,6 +453,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     def save(best: bool = False) -> None:
         """Write ckpt.pt, and with `best` best.pt. A full disk does not end a long run: it is said, and the last good files stay."""
         nonlocal saved_at, saved_when
+        saving = time.perf_counter()
         settle()
         so_far = team.sum(torch.stack(losses)).tolist() if losses else []
         if losses and not main:
@@ -428,6 +463,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         saved_at, saved_when = step, time.perf_counter()
         if not main and not fsdp:
             return
+        if log:
+            log.note(**costs())
         state = {
             'model': model.state_dict(),
             'model_args': model.config.to_dict(),
@@ -446,6 +483,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             'seconds': seconds_before + time.perf_counter() - began,
         }
         writer.submit(state, lambda copy: write(copy, best))
+        took['saving'] += time.perf_counter() - saving
 
     def write(state: dict[str, Any], best: bool) -> None:
         """The part of saving that runs beside the training."""
@@ -482,6 +520,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             team.fail(went_wrong(str(error), saved_at))
 
     def went_wrong(what: str, at: int) -> str:
+        if log:
+            log.note(end=f'the {what} became NaN or infinite at step {at}')
         return (
             f'the {what} became NaN or infinite at step {at}; '
             + (
@@ -532,6 +572,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if step != last_eval and (over or due) and not stopping:
                 evaluating = time.perf_counter()
                 val_loss, last_eval = evaluate(), step
+                took['evaluation'] += time.perf_counter() - evaluating
                 if not math.isfinite(val_loss):
                     team.fail(went_wrong('validation loss', step))
                 better = val_loss < best_val_loss
@@ -555,7 +596,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if better or config.always_save_checkpoint:
                     save(best=better)
                 if config.sample_interval and step % config.sample_interval == 0 and (main or fsdp):
+                    writing = time.perf_counter()
                     say(write_sample(model, tokenizer, config.sample_start, index=indexes[0] if indexes else None))
+                    took['samples'] += time.perf_counter() - writing
                 outcome = enough()
                 last_log = time.perf_counter()
                 if team.size == 1:
@@ -678,11 +721,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         team.fail('; '.join(f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()) + ': make room and resume')
     if log:
         if stopping:
+            log.note(end=f'stopped by {signal.Signals(stopping).name}')  # and no report: who stops a run may not wait for one
             say(f'{signal.Signals(stopping).name}: saved {config.out_dir}/{ckpt} at step {step:,}; go on with --init_from=resume')
         else:
+            log.note(end=f'stopped: {outcome}' if outcome else 'done', **costs())
             say(
                 f'done: {step:,} steps in {clock(seconds_before + time.perf_counter() - began)}, best validation loss {best_val_loss:.4f}; '
-                f'write with: python sample.py --out_dir={config.out_dir}'
+                f'write with: python sample.py --out_dir={config.out_dir}' + (f'; {write_report(config.out_dir)}' if config.report else '')
             )
         log.close()
     team.close()
@@ -860,6 +905,14 @@ def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200
     ids = [int(t) for t in model.generate([end + tokenizer.encode(known) or [0]], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, stop_tokens=end)]
     text = known + tokenizer.decode(ids[:-1] if ids[-1:] == end else ids)
     return '--- sample\n' + text + '\n---' + (f' {index.compare(text, since=len(known))}' if index else '')
+
+
+def write_report(out_dir: str) -> str:
+    """Make report.html; returns where it is, or why there is none: nothing that goes wrong here may fail a training that came to its end."""
+    try:
+        return f'look at: {report.write(out_dir)}'
+    except Exception as error:
+        return f'no report ({(str(error) or type(error).__name__).splitlines()[0]}); make it with: python report.py --out_dir={out_dir}'
 
 
 def catch_signals(asked: dict[str, Any]) -> Any:

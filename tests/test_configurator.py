@@ -46,6 +46,8 @@ class Knobs:
         (['--names=["a,b", "c"]'], 'names', ['a,b', 'c']),
         (['--sizes=[1, 2]'], 'sizes', [1, 2]),
         (['--sizes=1,2'], 'sizes', [1, 2]),
+        (['--sizes', '1', '2,3'], 'sizes', [1, 2, 3]),
+        (['--names', 'a', 'b.py', '--names', 'c', 'd'], 'names', ['c', 'd']),
         (['--rate=-1'], 'rate', -1.0),
         (['--rate', '-1'], 'rate', -1.0),
         (['--steps=5', '--steps=6'], 'steps', 6),
