@@ -47,8 +47,8 @@ class CheckConfig:
 
 
 MARKS = ('not run', 'slow', 'needs', 'prepared by', 'checked with', 'server', 'fails', 'from')
-# torchrun's options, those of other programs that pages name, and the word that stands for any knob
-OTHER_OPTIONS = set('key help nnodes nproc_per_node max_restarts standalone rdzv_backend rdzv_endpoint rdzv_id signal requeue'.split())
+# torchrun's options, those of other programs that pages name, and the words that stand for any knob
+OTHER_OPTIONS = set('key knob help nnodes nproc_per_node max_restarts standalone rdzv_backend rdzv_endpoint rdzv_id signal requeue'.split())
 CODE = ('.py', '.md', '.html', '.ini', '.toml', '.slurm', '.ipynb')  # a name in inline code that ends so is a file of ours
 LEFT_OUT = ('…', '# …', '// …')  # the line of a quotation that stands for lines left out
 
@@ -165,16 +165,12 @@ class Repository:
             return next((n for n, line in enumerate(lines, 1) if defined.search(line)), None)
         scope: ast.AST = self.trees(path)
         for part in name.removesuffix('()').split('.'):
-            inside = [n for n in ast.walk(scope) if n is not scope] if isinstance(scope, ast.FunctionDef) else list(ast.iter_child_nodes(scope))
-            for node in inside:
-                names = [getattr(node, 'name', None)] if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else []
-                for target in getattr(node, 'targets', [getattr(node, 'target', None)]) if isinstance(node, (ast.Assign, ast.AnnAssign)) else []:
-                    names += [n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(target) if isinstance(n, (ast.Name, ast.Attribute))]
-                if part in names:
-                    scope = node
-                    break
-            else:
+            inside = [] if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)) else list(ast.iter_child_nodes(scope))
+            inside += [] if isinstance(scope, ast.Module) else list(ast.walk(scope))[1:]  # also what a function defines, and self.name
+            found = next((node for node in inside if part in defines(node)), None)
+            if found is None:
                 return None
+            scope = found
         return scope.lineno  # type: ignore[attr-defined]
 
     def holds(self, path: str, page: str = '') -> bool:
@@ -186,6 +182,16 @@ class Repository:
             if any(seen == m or seen.startswith(m + '/') for m in self.made) or not seen.startswith('..') and self.ignored(seen):
                 return True
         return '/' not in path and bool(fnmatch.filter({posixpath.basename(f) for f in self.files | self.made}, path))
+
+
+def defines(node: ast.AST) -> list[str]:
+    """The names that a class, a function or an assignment (to a name or to self.name) defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    parts = [n for target in targets for n in ast.walk(target)]
+    names = [n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return names + [n.attr for n in parts if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == 'self']
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -543,6 +549,7 @@ def check(root: Path, config: CheckConfig) -> tuple[list[str], str]:
 
 def main() -> None:
     config = configure(CheckConfig, description=(__doc__ or '').split('\n')[0])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     faults, summary = check(ROOT, config)
     for fault in faults:
         print(fault)
