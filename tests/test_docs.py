@@ -53,11 +53,13 @@ def book(tmp_path):
     def check(text, pages=None, **knobs):
         for name, words in {'README.md': text, 'docs/README.md': 'More.', **(pages or {})}.items():
             (tmp_path / name).write_text(textwrap.dedent(words).strip() + '\n', encoding='utf-8')
+        subprocess.run(['git', 'add', '-A'], cwd=tmp_path, check=True)
         return check_docs.check(tmp_path, check_docs.CheckConfig(**knobs))
 
     return check
 
 
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='needs a checkout of git')
 def test_our_pages():
     faults, summary = check_docs.check(ROOT, check_docs.CheckConfig(quick=True, timeout=60))
     assert not faults, '\n'.join([*faults, summary])
@@ -125,6 +127,15 @@ def test_a_good_page(book):
 def test_faults(book, text, fault):
     faults, _ = book(text, timeout=2)
     assert len(faults) == 1 and faults[0].startswith('README.md:' + fault), faults
+
+
+def test_words_of_the_reader_are_no_pages(book, tmp_path):
+    book('Nothing.')
+    (tmp_path / 'song.md').write_text('[gone](nowhere.md)', encoding='utf-8')  # git does not know it
+    repo = check_docs.Repository(tmp_path)
+    assert repo.pages == ['README.md', 'docs/README.md'] and 'song.md' in repo.files
+    with pytest.raises(check_docs.UserError, match='expected a checkout of git'):
+        check_docs.Repository(tmp_path.parent)
 
 
 def test_what_cannot_be_reached(book):
@@ -217,6 +228,7 @@ def test_fix_mends_line_numbers(book, tmp_path):
     assert (tmp_path / 'README.md').read_text(encoding='utf-8') == wrong.replace('L1)', 'L16)').replace('L2)', 'L4)')
 
 
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='needs a checkout of git')
 def test_command_line():
     def checker(*words):
         env = os.environ | {'PYTHONIOENCODING': 'utf-8'}

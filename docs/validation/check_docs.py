@@ -40,7 +40,7 @@ from configurator import UserError, configure, run  # noqa: E402
 
 @dataclass
 class CheckConfig:
-    pages: list[str] | None = None  # only these, as in --pages=README.md,docs/guides/use-it.md; None: every page that git knows or would add
+    pages: list[str] | None = None  # only these, as in --pages=README.md,docs/guides/use-it.md; None: every page that git knows, and new ones under docs/
     quick: bool = False  # leave out the blocks that are marked slow
     fix: bool = False  # write the right line numbers into the pages, and run nothing
     timeout: float = 300  # seconds that a block may take
@@ -128,21 +128,27 @@ def read_page(root: Path, path: str) -> Page:
 
 
 class Repository:
-    """The files that git knows or would add, what is defined where, and which knobs each script has."""
+    """The files that git knows or would add, what is defined where, and which knobs each script has. Raises UserError without git."""
 
     def __init__(self, root: Path):
         self.root = root
         try:
-            listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=root, capture_output=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            raise UserError(f'{root}: expected a checkout of git, whose list of files says what is ours') from None
-        self.files = {f for f in listed.decode().split('\0') if f and (root / f).is_file()}
+            tracked, new = (self.git('ls-files', '-z', *more).stdout.decode().split('\0') for more in ((), ('-o', '--exclude-standard')))
+        except OSError:
+            tracked, new = [], []
+        if not any(tracked):
+            raise UserError(f'{root}: expected a checkout of git, whose list of files says what is ours')
+        self.files = {f for f in tracked + new if f and (root / f).is_file()}
+        self.pages = [f for f in sorted(self.files) if f.endswith('.md') and (f in tracked or f.startswith('docs/'))]
         self.folders = {str(folder) for f in self.files for folder in map(posixpath.normpath, Path(f).parents)} - {'.'}
         self.tops = {f.partition('/')[0] for f in self.folders}
         self.made: set[str] = set()  # files and folders that the pages' commands make
         self.trees = functools.cache(lambda path: ast.parse((root / path).read_text(encoding='utf-8')))
-        self.ignored = functools.cache(lambda path: subprocess.run(['git', 'check-ignore', '-q', path], cwd=root).returncode == 0)
+        self.ignored = functools.cache(lambda path: self.git('check-ignore', '-q', path).returncode == 0)
         self.knobs = functools.cache(self._knobs)
+
+    def git(self, *words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(['git', '-c', 'safe.directory=*', *words], cwd=self.root, capture_output=True)
 
     def _knobs(self, script: str) -> set[str]:
         """The fields of the dataclass that the script gives to `configure`, or the options of its argparse."""
@@ -517,7 +523,7 @@ def run_blocks(page: Page, repo: Repository, config: CheckConfig, skipped: colle
 def check(root: Path, config: CheckConfig) -> tuple[list[str], str]:
     """The faults, and a summary of what was done. Raises UserError for a page that is not there."""
     repo = Repository(root)
-    pages = {path: read_page(root, path) for path in sorted(repo.files) if path.endswith('.md')}
+    pages = {path: read_page(root, path) for path in repo.pages}
     if missing := [p for p in config.pages or [] if p not in pages]:
         raise UserError(f'pages={missing[0]}: no such page; expected paths from the root, as in docs/guides/use-it.md')
     chosen = [page for path, page in pages.items() if not config.pages or path in config.pages]
