@@ -324,10 +324,10 @@ def check_page(page: Page, repo: Repository, pages: dict[str, Page], moved: list
 
 def made_by(pages: dict[str, Page]) -> set[str]:
     """The files and folders that commands of the pages make: behind an option of that kind, behind >, or named to mkdir, cp, mv, touch, tee."""
-    made = set()
-    for words in (words for page in pages.values() for text in [
-        *(b.text + '\n' + b.marks.get('prepared by', '') for b in page.blocks if b.kind == 'bash'), *(text for _, text in page.code)
-    ] for words in commands(text)):
+    texts = [f'{b.text}\n{b.marks.get("prepared by", "")}' for page in pages.values() for b in page.blocks if b.kind == 'bash']
+    texts += [text for page in pages.values() for _, text in page.code]
+    made: set[str] = set()
+    for words in (words for text in texts for words in commands(text)):
         made |= {m[1] for word in words if (m := re.fullmatch(r'--(?:\w*out\w*|\w*dir)=(.+)', word))}
         made |= {after for word, after in zip(words, words[1:]) if word in ('>', '>>', '-o')}
         made |= set(words[1:] if words[0] in ('mkdir', 'touch', 'tee') else words[-1:] if words[0] in ('cp', 'mv') else [])
@@ -508,16 +508,18 @@ def run_blocks(page: Page, repo: Repository, config: CheckConfig, skipped: colle
     todo = [block for block, reason in zip(page.blocks, reasons) if reason is None]
     if not todo:
         return
-    reader, began = Reader(repo, config.timeout), time.monotonic()
+    reader = Reader(repo, config.timeout)
     try:
         for n, block in enumerate(todo, 1):
             skipped[''] += 1
-            if wrong := reader.run(block, page.path):
+            began = time.monotonic()
+            wrong = reader.run(block, page.path)
+            print(f'{page.path}:{block.line}: {"failed" if wrong else "ran"}, {time.monotonic() - began:.1f} s', file=sys.stderr, flush=True)
+            if wrong:
                 yield block.line, wrong + (f'\n    {len(todo) - n} blocks behind it were not tried' if n < len(todo) else '')
                 break
     finally:
         reader.close()
-        print(f'{page.path}: {n} of {len(todo)} blocks in {time.monotonic() - began:.1f} s', file=sys.stderr, flush=True)
 
 
 def check(root: Path, config: CheckConfig) -> tuple[list[str], str]:
