@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -226,6 +228,25 @@ def test_fix_mends_line_numbers(book, tmp_path):
     faults, summary = book(wrong, fix=True)
     assert not faults and '2 line numbers mended, 0 blocks run' in summary
     assert (tmp_path / 'README.md').read_text(encoding='utf-8') == wrong.replace('L1)', 'L16)').replace('L2)', 'L4)')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals as POSIX has them')
+def test_ctrl_c_ends_what_was_started(book, tmp_path):
+    book('A page.')
+    (tmp_path / 'README.md').write_text(f'    echo $$ > {tmp_path}/pid; sleep 100\n', encoding='utf-8')
+    (tmp_path / 'docs' / 'validation').mkdir()
+    shutil.copy(ROOT / 'docs' / 'validation' / 'check_docs.py', tmp_path / 'docs' / 'validation')
+    shutil.copy(ROOT / 'configurator.py', tmp_path)
+    words = [sys.executable, str(tmp_path / 'docs' / 'validation' / 'check_docs.py')]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as checker:
+        end = time.monotonic() + 60
+        while not (pid := (tmp_path / 'pid').read_text() if (tmp_path / 'pid').exists() else '') and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(int(pid), 0)  # it is there
+        checker.send_signal(signal.SIGINT)
+        assert checker.wait(30) == 130, checker.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 @pytest.mark.skipif(not (ROOT / '.git').exists(), reason='needs a checkout of git')
