@@ -144,7 +144,7 @@ class Repository:
         self.tops = {f.partition('/')[0] for f in self.folders}
         self.made: set[str] = set()  # files and folders that the pages' commands make
         self.trees = functools.cache(lambda path: ast.parse((root / path).read_text(encoding='utf-8')))
-        self.ignored = functools.cache(lambda path: self.git('check-ignore', '-q', path).returncode == 0)
+        self.ignored = functools.cache(lambda path: self.git('check-ignore', path, path + '/').returncode == 0)
         self.knobs = functools.cache(self._knobs)
 
     def git(self, *words: str) -> subprocess.CompletedProcess:
