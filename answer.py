@@ -63,7 +63,7 @@ class AnswerConfig:
     norm_first: bool = False  # False: norms behind the sums, as in the paper; True: before the layers, as in the GPT
     # Training
     batch_size: int = 32  # pairs a step
-    learning_rate: float = 2e-3  # the highest; Adam's betas are the paper's
+    learning_rate: float = 4e-3  # the highest; Adam's betas are the paper's
     warmup_iters: int = 100  # steps of straight rise; from there on the rate falls as 1/√step, as in the paper
     max_iters: int = 1000  # steps in all
     label_smoothing: float = 0.1  # share of a target's probability that is spread over the vocabulary
