@@ -241,7 +241,7 @@ def test_flops_are_those_that_torch_counts():
         (dict(arch='gpt3'), 'arch=gpt3'),
         (dict(n_kv_head=3), 'n_kv_head=3'),
         (dict(n_layer=0), 'n_layer=0'),
-        (dict(mlp='relu'), 'mlp=relu'),
+        (dict(mlp='tanh'), 'mlp=tanh'),
         (dict(arch='modern', n_head=32), 'even'),
     ],
 )
