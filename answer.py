@@ -45,6 +45,8 @@ Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a line and of the next,
 
 @dataclass
 class AnswerConfig:
+    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+
     # Where things are
     out_dir: str = 'out-answer'  # checkpoints, metrics.csv, train.log and config.json go here
     input: list[str] | None = None  # files and folders of songs, as in --input=a.jsonl,songs/; None: the embedded songs
@@ -409,6 +411,7 @@ def answer(model: EncoderDecoder, tokenizer: Tokenizer, line: str, width: int, l
 
 
 def main() -> None:
+    """Train, or answer a line, as the command line says."""
     config = configure(AnswerConfig, description='Train an encoder–decoder to answer a line of verse with the next; ask it with --line.')
     if not config.line.strip():
         train(config)

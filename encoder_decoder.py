@@ -62,6 +62,7 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C), looking at the memory → (B, T, C)."""
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
