@@ -6,12 +6,18 @@ from tests.faults.driver import FaultsConfig, drive
 
 
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
-def test_every_fault_is_survived(capsys):
-    few = FaultsConfig(kills=1, damages=12, fall_backs=1, signals=1, restarts=1, stops=0, full_disks=1, nans=1, data=2, code=2)
+@pytest.mark.parametrize(
+    'few, all_of_them',
+    [
+        (FaultsConfig(kills=1, damages=4, fall_backs=0, signals=0, restarts=1, stops=0, full_disks=0, nans=1, data=1, code=1), 9),
+        pytest.param(FaultsConfig(kills=2, damages=12, fall_backs=1, signals=3, restarts=1, stops=0, data=2, code=2), 23, marks=pytest.mark.long),
+    ],
+)
+def test_every_fault_is_survived(few, all_of_them, capsys):
     tallies = drive(few)
     wrong = [wrong for tally in tallies.values() for wrong in tally.wrong]
     assert not wrong, wrong
-    assert sum(tally.survived for tally in tallies.values()) == 22
+    assert sum(tally.survived for tally in tallies.values()) == all_of_them
 
 
 @pytest.mark.long

@@ -399,9 +399,9 @@ def fuzz(count):
             at = dice.randrange(len(body))
             body[at : at + dice.choice([0, 1, 5, 400])] = dice.choice(bits)
         kind = dice.choice(list(scraper.READERS))
-        began = time.perf_counter()
+        began = time.process_time()
         found = scraper.READERS[kind](bytes(body), path)
-        longest = max(longest, time.perf_counter() - began)
+        longest = max(longest, time.process_time() - began)
         assert found is None or isinstance(found, (list, tuple))
         json.dumps(found)
     return longest
@@ -420,9 +420,9 @@ def test_the_parser_survives_anything():
     ]
     for bomb in bombs:
         for read in scraper.READERS.values():
-            began = time.perf_counter()
+            began = time.process_time()
             read(bomb, '/x.html')
-            assert time.perf_counter() - began < 10
+            assert time.process_time() - began < 10
 
 
 @pytest.mark.long
