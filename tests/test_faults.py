@@ -10,7 +10,7 @@ from tests.faults.driver import FaultsConfig, drive
     'few, all_of_them',
     [
         (FaultsConfig(kills=1, damages=4, fall_backs=0, signals=0, restarts=1, stops=0, full_disks=0, nans=1, data=1, code=1), 9),
-        pytest.param(FaultsConfig(kills=2, damages=12, fall_backs=1, signals=3, restarts=1, stops=0, data=2, code=2), 23, marks=pytest.mark.long),
+        pytest.param(FaultsConfig(kills=2, damages=12, fall_backs=1, signals=3, restarts=1, stops=0, data=2, code=2), 25, marks=pytest.mark.long),
     ],
 )
 def test_every_fault_is_survived(few, all_of_them, capsys):
