@@ -5,7 +5,8 @@ Two presets, every part of which can be overridden:
 - arch='modern' (default): RMSNorm before and RoPE in attention, QK-norm, grouped-query attention, SwiGLU, no biases,
   zero-initialised output projections: the Qwen3 architecture (Qwen team 2025), so that common runtimes load it.
 
-pretrained.py takes the weights of either from Hugging Face's files; export.py is the way back.
+pretrained.py takes the weights of either from Hugging Face's files; export.py is the way back. encoder_decoder.py builds the original
+Transformer of the same parts.
 
 Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = head_dim (mostly C / H), V the vocabulary.
 """
@@ -46,7 +47,7 @@ class GPTConfig:
     n_ff: int | None = None  # width inside the MLP; None: 4 C, or 8/3 C rounded up to a multiple of 32 for swiglu
     position: str | None = None  # learned, rope (Su et al. 2021) or sinusoidal (Vaswani et al. 2017)
     norm: str | None = None  # layernorm or rmsnorm (Zhang and Sennrich 2019)
-    mlp: str | None = None  # gelu, swiglu (Shazeer 2020) or relu2 (So et al. 2021)
+    mlp: str | None = None  # gelu, swiglu (Shazeer 2020), relu (Vaswani et al. 2017) or relu2 (So et al. 2021)
     qk_norm: bool | None = None  # normalize queries and keys (Henry et al. 2020): steady at high learning rates
     tie_weights: bool | None = None  # one matrix for embedding and head (Press and Wolf 2017)
     rope_theta: float = 10000.0
@@ -80,7 +81,7 @@ class GPTConfig:
         for key, known in (
             ('position', ('learned', 'rope', 'sinusoidal')),
             ('norm', ('layernorm', 'rmsnorm')),
-            ('mlp', ('gelu', 'swiglu', 'relu2')),
+            ('mlp', ('gelu', 'swiglu', 'relu', 'relu2')),
         ):
             if getattr(self, key) not in known:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(known)}')
@@ -126,6 +127,17 @@ class RMSNorm(nn.Module):
 def make_norm(config: GPTConfig, dim: int) -> nn.Module:
     """The norm over `dim` features that the config names."""
     return RMSNorm(dim) if config.norm == 'rmsnorm' else LayerNorm(dim, bool(config.bias))
+
+
+def angles(length: int, dim: int, theta: float) -> torch.Tensor:
+    """How far a position has turned each of the dim / 2 hands, from fast to slow: (length, dim / 2) radians."""
+    return torch.outer(torch.arange(length).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+
+
+def sinusoids(length: int, dim: int) -> torch.Tensor:
+    """What Vaswani et al. 2017 add to the token at each position: sine and cosine of its angles in turn, (length, dim)."""
+    angle = angles(length, dim, 10000.0)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(length, -1)[:, :dim]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -211,7 +223,10 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token looks at itself and those before it: q, k and v in one matrix, then scaled dot-product attention."""
+    """Every token looks at itself and those before it: q, k and v in one matrix, then scaled dot-product attention.
+
+    A mask, if given, says instead who sees whom (True: is seen), shape (B or 1, 1, T or 1, keys): so it serves an encoder, too.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -271,7 +286,7 @@ class MLP(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = F.gelu(x, approximate='tanh') if self.kind == 'gelu' else F.relu(x).square()
+            x = F.gelu(x, approximate='tanh') if self.kind == 'gelu' else F.relu(x) if self.kind == 'relu' else F.relu(x).square()
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -437,12 +452,10 @@ class GPT(nn.Module):
         config = self.config
         if config.position == 'learned':
             return None
-        dim = (config.head_dim or 0) if config.position == 'rope' else config.n_embd
-        theta = config.rope_theta if config.position == 'rope' else 10000.0
-        angle = torch.outer(torch.arange(config.block_size).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))  # (T, dim / 2)
-        if config.position == 'rope':
-            return torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2)
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(1, config.block_size, -1)[:, :, :dim]
+        if config.position == 'sinusoidal':
+            return sinusoids(config.block_size, config.n_embd)[None]
+        angle = angles(config.block_size, config.head_dim or 0, config.rope_theta)
+        return torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2)
 
     @torch.no_grad()
     def init_weights(self) -> None:
