@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-long install install-dev lint clean
+.PHONY: demo test test-long notebooks install install-dev lint clean
 
 demo: install
 	$(BIN)/python data/darklyrics/prepare.py
@@ -14,6 +14,9 @@ test: install-dev
 
 test-long: install-dev
 	$(BIN)/python -m pytest -q -m long
+
+notebooks: install-dev
+	$(BIN)/python notebooks/run.py
 
 lint: install-dev
 	$(BIN)/ruff check .
