@@ -6,7 +6,8 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'notebooks'))
 from run import execute  # noqa: E402
