@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-long docs-check install install-dev lint clean
+.PHONY: demo test test-long docs-check notebooks install install-dev lint clean
 
 demo: install
 	$(BIN)/python data/darklyrics/prepare.py
@@ -17,6 +17,9 @@ test-long: install-dev
 
 docs-check: install-dev  # runs every block of every page: minutes; make test runs the quick ones
 	$(BIN)/python docs/validation/check_docs.py
+
+notebooks: install-dev
+	$(BIN)/python notebooks/run.py
 
 lint: install-dev
 	$(BIN)/ruff check .

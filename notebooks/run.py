@@ -1,0 +1,46 @@
+"""Run notebooks from the first cell to the last and keep what they show, without dates or names of this machine.
+
+    python notebooks/run.py                                  (all of them, in full)
+    python notebooks/run.py notebooks/transformer_sizing.ipynb
+
+LYREGPT_SMALL=1 makes each a matter of seconds, for a look at whether it runs; do not commit that.
+"""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from dataset import write_whole  # noqa: E402
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook at `path`, run in a kernel of this Python; the file stays as it is. Raises nbclient's CellExecutionError."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(HERE)}}, record_timing=False,
+        coalesce_streams=True, extra_arguments=['--log-level=ERROR']
+    )
+    client.execute()
+    notebook.metadata = {  # as little as a reader needs: the same on every machine
+        'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'},
+        'language_info': {'name': 'python'},
+    }
+    return notebook
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:] or sorted(map(str, HERE.glob('*.ipynb')))):
+        text = io.StringIO()
+        nbformat.write(execute(path), text)
+        write_whole(str(path), text.getvalue().encode())
+        print(f'{os.path.relpath(path)}: {path.stat().st_size:,} bytes', flush=True)
+
+
+if __name__ == '__main__':
+    main()
