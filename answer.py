@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, configure, given, run
-from dataset import find_files, permute, pick_split, read_jsonl, read_pieces
+from dataset import find_files, permute, pick_split, read_documents
 from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
 from log import Log
 from machine import pick_device
@@ -50,9 +50,10 @@ class AnswerConfig:
     # Where things are
     out_dir: str = 'out-answer'  # checkpoints, metrics.csv, train.log and config.json go here
     input: list[str] | None = None  # files and folders of songs, as in --input=a.jsonl,songs/; None: the embedded songs
+    text_field: str = ''  # for .jsonl: which field holds the words; '': the first there is of text, lyrics, content
     init_from: Literal['scratch', 'resume'] = 'scratch'  # begin anew, or go on where out_dir's run stopped
     # Answering
-    line: str = ''  # answer this line with the model in out_dir; '': train one
+    line: str = ''  # answer this line with the model in out_dir; not given: train one
     width: int = 5  # answers that beam search follows, and shows
     length_penalty: float = 0.6  # above 0: longer answers are forgiven their lower probability
     # Model (see encoder_decoder.py)
@@ -97,23 +98,11 @@ class AnswerConfig:
 
 
 OF_NOW = ('out_dir', 'init_from', 'line', 'width', 'length_penalty', 'eval_only', 'device')  # knobs that a checkpoint does not bring
+OF_THE_MODEL = ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'norm_first', 'seed')  # knobs that a checkpoint settles
 
 
 # -----------------------------------------------------------------------------
 # Data: lines and the next ones
-
-
-def read_songs(paths: list[str]) -> Iterator[str]:
-    """The words of each song: a text file is one, a line of a .jsonl holds one. Raises UserError."""
-    for path in find_files(paths):
-        if not path.lower().endswith('.jsonl'):
-            yield ''.join(read_pieces(path))
-            continue
-        for number, record in enumerate(read_jsonl(path), 1):
-            text = next((record[k] for k in ('lyrics', 'text', 'content') if k in record), None)
-            if not isinstance(text, str):
-                raise UserError(f'{path}, record {number}: no text in a field lyrics, text or content')
-            yield text
 
 
 def verses(song: str) -> list[list[str]]:
@@ -122,12 +111,12 @@ def verses(song: str) -> list[list[str]]:
     return [[line.strip() for line in piece.split('\n') if line.strip()] for piece in pieces if piece.strip()]
 
 
-def read_pairs(paths: list[str], val_fraction: float = 0.1, seed: int = 1337) -> dict[str, list[tuple[str, str]]]:
+def read_pairs(paths: list[str], val_fraction: float = 0.1, seed: int = 1337, text_field: str = '') -> dict[str, list[tuple[str, str]]]:
     """(line, the next line of its verse) by split, each pair once. Raises UserError if a split stays empty.
 
     Songs are split, not lines; of fewer than 20 songs, the verses. A pair that both splits have counts for training alone.
     """
-    documents = [verses(song) for song in read_songs(paths)]
+    documents = [verses(''.join(song)) for song in read_documents(find_files(paths), text_field=text_field)]
     if len(documents) < 20:
         documents = [[verse] for document in documents for verse in document]
     found: dict[str, dict[tuple[str, str], None]] = {'train': {}, 'val': {}}
@@ -191,12 +180,15 @@ def baselines(train: Sequence[Pair], val: Sequence[Pair], vocab_size: int) -> tu
 
 
 def load(config: AnswerConfig, best: bool) -> tuple[str, dict[str, Any]]:
-    """(path, state) of the checkpoint in out_dir. Raises UserError if there is none, or another model's."""
+    """(path, state) of the checkpoint in out_dir. Raises UserError if there is none, another model's, or not what the knobs that were given say."""
     if not os.path.exists(config.out_dir) or not checkpoint.candidates(config.out_dir, best):
         raise UserError(f'{config.out_dir}: holds no checkpoint; train first: python answer.py --out_dir={config.out_dir}')
-    path, state = checkpoint.load_from(config.out_dir, best, optimizer=True)
+    path, state = checkpoint.load_from(config.out_dir, best, optimizer=True, any_model=True)
     if 'norm_first' not in state['model_args']:
         raise UserError(f'{path}: is a GPT, not an encoder–decoder; answer.py answers with what it trained')
+    for name in OF_THE_MODEL:
+        if name in given(config) and getattr(config, name) != state['config'].get(name):
+            raise UserError(f'{name}={getattr(config, name)}, but {path} has {name}={state["config"].get(name)}: leave {name} out, or start anew')
     return path, state
 
 
@@ -231,7 +223,7 @@ def evaluate(model: EncoderDecoder, pairs: Sequence[Pair], eot: int, shift: int 
 
 
 def train(config: AnswerConfig) -> dict[str, Any]:
-    """Train as `config` says; returns step, val_loss, other_loss (with other lines' sources), best_val_loss.
+    """Train as `config` says; returns step, val_loss, other_loss (with other lines' sources, NaN with one validation pair), best_val_loss.
 
     Raises UserError for what the user can mend. Ctrl-C or SIGTERM saves a checkpoint and raises SystemExit 130 or 143.
     """
@@ -245,7 +237,7 @@ def train(config: AnswerConfig) -> dict[str, Any]:
             checkpoint.set_aside_damaged(config.out_dir, path)
         names = {f.name for f in dataclasses.fields(AnswerConfig)} - set_now - set(OF_NOW)
         config = dataclasses.replace(config, **{k: v for k, v in state['config'].items() if k in names})
-    pairs = read_pairs(config.input or [DEMO], seed=config.seed)
+    pairs = read_pairs(config.input or [DEMO], seed=config.seed, text_field=config.text_field)
     tokenizer = from_state(state['tokenizer']) if state else BPETokenizer.train((line for pair in pairs['train'] for line in pair), config.vocab_size)
     eot = tokenizer.eot or 0
     train_pairs, val_pairs = (tokenize(pairs[name], tokenizer, config.block_size) for name in ('train', 'val'))
@@ -264,9 +256,6 @@ def train(config: AnswerConfig) -> dict[str, Any]:
         raise UserError(str(error)) from None
     if state:
         model = build(state, path, dropout=config.dropout)
-        for name in sorted(set_now):
-            if hasattr(model_config, name) and getattr(model_config, name) != getattr(model.config, name):
-                raise UserError(f'{name}={getattr(config, name)}, but {path} has {name}={getattr(model.config, name)}: leave {name} out, or start anew')
         if digest != state['pairs']:
             raise UserError(f'{", ".join(config.input or [DEMO])}: not the lines that {path} was trained on; give those, or start anew')
     else:
@@ -299,12 +288,14 @@ def train(config: AnswerConfig) -> dict[str, Any]:
     say(f'to beat, by counting in the training lines: {unigram:.4f} nats per token (tokens), {bigram:.4f} (tokens after tokens)')
 
     def figures() -> tuple[float, float]:
-        """Validation loss, and the same with sources from elsewhere: what the source is worth."""
-        return evaluate(model, val_pairs, eot), evaluate(model, val_pairs, eot, shift=len(val_pairs) // 2)
+        """Validation loss, and the same with sources from elsewhere (NaN if there is no other): what the source is worth."""
+        n = len(val_pairs)
+        return evaluate(model, val_pairs, eot), evaluate(model, val_pairs, eot, shift=max(1, n // 2)) if n > 1 else math.nan
 
     def told(loss: float, other: float) -> str:
         bits = loss / ratio / math.log(2)
-        return f'validation loss {loss:.4f}, perplexity {math.exp(loss):.1f}, {bits:.3f} bits per byte; with other lines to answer {other:.4f}'
+        elsewhere = '' if math.isnan(other) else f'; with other lines to answer {other:.4f}'
+        return f'validation loss {loss:.4f}, perplexity {math.exp(loss):.1f}, {bits:.3f} bits per byte{elsewhere}'
 
     if config.eval_only:
         val_loss, other_loss = figures()
@@ -413,9 +404,13 @@ def answer(model: EncoderDecoder, tokenizer: Tokenizer, line: str, width: int, l
 def main() -> None:
     """Train, or answer a line, as the command line says."""
     config = configure(AnswerConfig, description='Train an encoder–decoder to answer a line of verse with the next; ask it with --line.')
-    if not config.line.strip():
+    if 'line' not in given(config):
         train(config)
         return
+    if not config.line.strip():
+        raise UserError('line is empty: give a line to answer, as in --line="The rain came down", or leave it out to train')
+    if config.eval_only or config.init_from == 'resume':
+        raise UserError(f'--line answers with the model in {config.out_dir}, so it goes with neither --eval_only nor --init_from=resume: leave one out')
     path, state = load(config, best=True)
     try:
         model = build(state, path, dropout=0.0).to(pick_device(config.device))

@@ -280,15 +280,19 @@ def on_cpu(value: Any, seen: dict[Any, torch.Tensor], mesh: Any) -> Any:
 # Reading
 
 
-def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool = False) -> tuple[str, dict[str, Any]]:
+def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool = False, any_model: bool = False) -> tuple[str, dict[str, Any]]:
     """(path, state) of the checkpoint to use: `where` itself, or the newest whole one of an out_dir, with `best` the best one.
 
-    One that is damaged is passed over for the one before it, with a warning on stderr. Raises UserError if none can be used.
+    One that is damaged is passed over for the one before it, with a warning on stderr. Raises UserError if none can be used, or, without
+    `any_model`, if it is no GPT's.
     """
     paths = candidates(where, best)
     for i, path in enumerate(paths):
         try:
-            return path, load(path, optimizer, lazy)
+            state = load(path, optimizer, lazy)
+            if not any_model:
+                check_gpt(state, path)
+            return path, state
         except Damaged as error:
             if i + 1 == len(paths):
                 raise
@@ -328,7 +332,7 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
 
     Nothing in it is run. A folder's optimizer states are read if `optimizer`. `lazy` leaves the tensors where they are: a file
     is mapped, of a folder the rest is read alone. `checked`: somebody has just done that. Raises UserError if it is missing,
-    asks for code, or is no GPT's; Damaged if it is not as it was written.
+    asks for code, or holds no model; Damaged if it is not as it was written.
     """
     if not checked and os.path.exists(path):
         verify(path)
@@ -353,6 +357,12 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
         name.removeprefix('module.').removeprefix('_orig_mod.'): w for name, w in state['model'].items() if not name.endswith('.attn.bias')
     }
     return state
+
+
+def check_gpt(state: dict[str, Any], path: str) -> None:
+    """Raises UserError if the checkpoint is answer.py's."""
+    if 'norm_first' in state['model_args']:
+        raise UserError(f'{path}: is an encoder–decoder by answer.py, not a GPT; ask it with: python answer.py --out_dir={path} --line="…"')
 
 
 def verify(path: str) -> None:
@@ -567,7 +577,7 @@ def inspect(path: str) -> str:
     lines = {
         'file': f'{path}, {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB in {len(files)} file{"s" * (len(files) > 1)}, of {changed}; whole',
         'step': f'{state.get("iter_num", "unknown")}, best validation loss {float(state.get("best_val_loss", math.nan)):.4f}',
-        'model': f'{sum(weights.values()):,} parameters; ' + ', '.join(f'{k}={v}' for k, v in args.items()),
+        'model': f'{"encoder–decoder, " * ("norm_first" in args)}{sum(weights.values()):,} parameters; ' + ', '.join(f'{k}={v}' for k, v in args.items()),
         'tokenizer': state['tokenizer']['kind'] if state.get('tokenizer') else 'none in it (nanoGPT)',
         'data': config.get('dataset', 'unknown'),
         'to resume': f'yes, with {" and ".join(kinds)}' if kinds else 'no: weights only',
@@ -611,6 +621,7 @@ def main() -> None:
     if os.path.exists(args.to):
         raise UserError(f'{args.to}: is there already; name another place')
     state = load(args.path, optimizer=True)
+    check_gpt(state, args.path)
     (save if merging else save_folder)(args.to, state)
     print(f'{args.to}: written')
 

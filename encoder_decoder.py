@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MLP, CausalSelfAttention, GPTConfig, KVCache, Linear, make_norm, sinusoids
+from model import MLP, CausalSelfAttention, GPTConfig, KVCache, Linear, RMSNorm, make_norm, sinusoids
 
 
 @dataclass
@@ -55,16 +55,17 @@ class CrossAttention(nn.Module):
         self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=bool(config.bias))
         self.c_kv = Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=bool(config.bias))
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=bool(config.bias))
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if config.qk_norm else nn.Identity() for _ in 'qk')
 
     def keys_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, n_kv_head, S, D) of what the encoder made (B, S, C): once for a source, however long the answer grows."""
         k, v = self.c_kv(source).view(*source.shape[:2], 2 * self.n_kv_head, self.head_dim).transpose(1, 2).chunk(2, dim=1)
-        return k, v
+        return self.k_norm(k), v
 
     def forward(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x (B, T, C), looking at the memory → (B, T, C)."""
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
+        q = self.q_norm(self.c_q(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
