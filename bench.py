@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import report
 from configurator import UserError, configure, run
+from dataset import write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # nanoGPT's README, for a CPU
@@ -680,10 +681,18 @@ def show_two(config: BenchConfig) -> None:
     wide = [max(len(row[i]) for row in [('', a.out_dir, b.out_dir), *rows]) for i in range(3)]
     for name, *values in [('', a.out_dir, b.out_dir), *rows]:
         print(f'{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}')
-    print(*remarks, sep='\n')
+    for remark in remarks:
+        print(remark)
     if config.json:
-        with open(config.json, 'w', encoding='utf-8') as f:
-            json.dump({'runs': [a.out_dir, b.out_dir], 'figures': rows, 'remarks': remarks}, f, indent=1)
+        save(config.json, {'runs': [a.out_dir, b.out_dir], 'figures': rows, 'remarks': remarks})
+
+
+def save(path: str, figures: dict[str, Any]) -> None:
+    """Write figures as JSON, whole or not at all. Raises UserError."""
+    try:
+        write_whole(path, json.dumps(figures, indent=1).encode())
+    except OSError as error:
+        raise UserError(f'json={path}: cannot be written ({error.strerror})') from None
 
 
 def main() -> None:
@@ -742,10 +751,7 @@ def main() -> None:
         if table.figures:
             table.show()
         if config.json:
-            with open(config.json, 'w', encoding='utf-8') as f:
-                json.dump(
-                    {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures}, f, indent=1
-                )
+            save(config.json, {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures})
 
 
 if __name__ == '__main__':

@@ -473,7 +473,7 @@ def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md',
             raise UserError(f'{path}: no such file or folder')
     if not found:
         raise UserError(
-            f'{", ".join(paths) or "no input"}: no {", ".join(suffixes)} file to read; name files or folders with --input=a.txt,songs/'
+            f'{", ".join(paths) or "no input"}: no {", ".join(suffixes)} file to read; name files or folders (to prepare.py with --input=a.txt,songs/)'
         )
     return found
 
@@ -493,7 +493,7 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
         raise UserError(f'encoding={encoding}: Python knows no such encoding') from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{path}: is not all {encoding} ({error.reason}); name its encoding, as in --encoding=cp1252, or save it as UTF-8'
+            f'{path}: is not all {encoding} ({error.reason}); save it as UTF-8, or tell prepare.py its encoding, as in --encoding=cp1252'
         ) from None
 
 
@@ -510,7 +510,7 @@ def detect_encoding(path: str) -> str:
         from charset_normalizer import from_bytes
     best = from_bytes(sample).best()
     if best is None:
-        raise UserError(f'{path}: its encoding could not be detected; name it, as in --encoding=cp1252, or save the file as UTF-8')
+        raise UserError(f'{path}: its encoding could not be detected; save it as UTF-8, or tell prepare.py its encoding, as in --encoding=cp1252')
     return best.encoding
 
 
@@ -567,7 +567,7 @@ def read_documents(files: Iterable[str], encoding: str = '', text_field: str = '
         for number, record in enumerate(read_jsonl(path, encoding), 1):
             name = text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
             if not isinstance(record.get(name), str):
-                raise UserError(f'{path}, record {number}: no text in the field {name!r}; name another with --text_field')
+                raise UserError(f'{path}, record {number}: no text in the field {name!r}; put it into one called text, or tell prepare.py another --text_field')
             yield iter([record[name]])
 
 

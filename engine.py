@@ -62,7 +62,7 @@ class Row:
     chances: Iterator[float] = iter(())
     seen: torch.Tensor | None = None  # for the repetition penalty: is the token in the text?
     place: int = 0  # of the next token
-    decode: Callable[[int], str] | None = None
+    decode: Callable[[int | None], str] | None = None
     held: str = ''  # text that may be the beginning of a stop text
     given: int = 0  # characters given out
     waiting: list[dict[str, Any]] = field(default_factory=list)  # token reports of text that is held
@@ -286,15 +286,16 @@ class Engine:
                 row.seen[token] = True
             if row.avoid:
                 row.avoid.push(token)
+            assert row.decode is not None
             if token == self.tokenizer.eot:
-                self.give(row, '', finish='stop')
+                self.give(row, row.decode(None), finish='stop')
                 self.leave(row)
                 continue
-            assert row.decode is not None
-            text = row.decode(token)
+            ends = len(row.written) >= row.max_tokens
+            text = row.decode(token) + (row.decode(None) if ends else '')
             if row.logprobs is not None:
                 row.waiting.append(self.report(row, token, row.given + len(row.held), logits[i].log_softmax(dim=-1)))
-            self.give(row, text, finish='length' if len(row.written) >= row.max_tokens else '')
+            self.give(row, text, finish='length' if ends else '')
             if self.events[-1][0] is row and self.events[-1][1].finish:
                 self.leave(row)
 

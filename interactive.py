@@ -46,7 +46,7 @@ class Text:
     config: Any  # every knob, as it began
     prompt: str
     ids: list[int]  # of prompt and text: what text cannot tell, half a character or a document end, is in them
-    decode: Callable[[int], str]
+    decode: Callable[[int | None], str]
     seeds: list[int]  # one, and one more for each time that it went on under other knobs
     written: str = ''
     tokens: int = 0
@@ -166,6 +166,9 @@ class Session:
             signal.signal(signal.SIGINT, before)
         rate = count / (time.perf_counter() - began)
         text.ended = not stops and count < self.config.max_new_tokens
+        if text.ended:  # within a character, perhaps; one that pauses there gets the rest of it by /more
+            print(piece := text.decode(None), end='', flush=True)
+            text.written += piece
         how = 'the song ended' if text.ended else 'stopped' if stops else 'paused, /more goes on'
         print('' if text.whole.endswith('\n') else '\n', end='\n' if self.terminal else '', flush=True)
         self.say(f'{how}; {text.tokens:,} tokens, {rate:,.0f} tokens/s, seed {" + ".join(map(str, text.seeds))}', 'dim')

@@ -13,9 +13,12 @@ A mistake is a `configurator.UserError`, which is a ValueError.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import random
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -99,6 +102,7 @@ class Model:
             for tokens in ids:
                 if not (config.stop_at_end and int(tokens[0]) == self.tokenizer.eot):
                     yield decode(int(tokens[0]))
+            yield decode(None)
 
         return pieces()
 
@@ -119,7 +123,7 @@ class Model:
     def _begin(self, prompt: str, knobs: dict[str, Any]) -> tuple[str, Iterator[torch.Tensor], SampleConfig]:
         asked = build(SampleConfig, knobs, known=(*WRITING, 'num_samples'))
         config = dataclasses.replace(self.config, **{name: getattr(asked, name) for name in knobs})
-        training = cache(lambda: index_of(self.about.get('config', {}), config.dataset))
+        training = cache(lambda: index_of(self.about.get('config', {}), config.dataset or data_of(self.about, config.out_dir)))
         text, _, ids = begin(self.gpt, self.tokenizer, config, prompt_text(config) + prompt, training=training)
         return text, ids, config
 
@@ -143,7 +147,7 @@ def train(
     vocab_size: int | None = None,
     **knobs: Any,
 ) -> Model:
-    """Train on texts and return the best model there was; checkpoints, metrics.csv and the token files (`data/`) are in `out_dir`.
+    """Train on texts and return the best model there was; checkpoints, metrics.csv and the token files (`data-…/`) are in `out_dir`.
 
     `texts` is a list of strings, each a document, or a file or folder of .txt, .md and .jsonl; or none, and the knob `dataset` names a prepared
     one. `tokenizer` is bpe (the default), char, gpt2 or a tokenizer.json. `knobs` are train.py's; what they leave open is chosen to suit the amount of text.
@@ -151,7 +155,7 @@ def train(
     """
     out_dir = os.fspath(out_dir)
     asked = build(trainer.TrainConfig, knobs | {'out_dir': out_dir})
-    data, (auto, _, begin_from) = os.path.join(out_dir, 'data'), asked.init_from.partition(':')
+    data, (auto, _, begin_from) = '', asked.init_from.partition(':')
     resumes = auto == 'resume' or auto == 'auto' and os.path.isdir(out_dir) and bool(checkpoint.candidates(out_dir))
     begin_from = 'resume' if resumes else (begin_from or 'scratch') if auto == 'auto' else asked.init_from
     chosen: dict[str, Any] = {}
@@ -160,12 +164,14 @@ def train(
             raise UserError('texts and dataset are both given: leave one out')
         if begin_from != 'scratch' and (tokenizer or vocab_size):
             raise UserError(f'{begin_from} brings its own tokenizer: leave tokenizer and vocab_size out')
-        prepare(list_of(texts), data, tokenizer_of(begin_from, out_dir) or tokenizer or 'bpe', vocab_size)
+        data = prepare(list_of(texts), out_dir, tokenizer_of(begin_from, out_dir) or tokenizer or 'bpe', vocab_size)
     elif 'dataset' not in knobs and not resumes:
         raise UserError('nothing to train on: give a list of texts, a file or folder of them, or dataset=')
     elif tokenizer or vocab_size:
         raise UserError('a prepared dataset brings its own tokenizer: leave tokenizer and vocab_size out')
-    if texts is not None or 'dataset' not in knobs and os.path.isdir(data):
+    elif 'dataset' not in knobs:
+        data = data_of(checkpoint.load_from(out_dir, best=False, lazy=True)[1], out_dir)
+    if data:
         chosen['dataset'] = data
     if begin_from != 'resume':
         folder = folder_of(chosen.get('dataset', asked.dataset))
@@ -189,7 +195,7 @@ def list_of(texts: Iterable[str] | str | os.PathLike[str]) -> list[str]:
     if isinstance(texts, (str, os.PathLike)):
         if not os.path.exists(texts):
             raise UserError(f'{os.fspath(texts)[:80]!r}: no such file or folder; a text itself is given in a list, as in [text]')
-        return [''.join(pieces) for pieces in read_documents(find_files([os.fspath(texts)]))]
+        texts = (''.join(pieces) for pieces in read_documents(find_files([os.fspath(texts)])))
     texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
@@ -207,8 +213,18 @@ def tokenizer_of(begin_from: str, out_dir: str) -> Tokenizer | None:
     return checkpoint.tokenizer_of(checkpoint.load_from(out_dir if resumes else begin_from, best=not resumes, lazy=True)[1])
 
 
-def prepare(texts: list[str], folder: str, tokenizer: Tokenizer | str, vocab_size: int | None) -> None:
-    """Write the token files: a tenth of the texts is for validation, or, if they are fewer than 20, the end of each. Raises UserError."""
+def data_of(about: dict[str, Any], out_dir: str) -> str:
+    """The token files that `prepare` made for the run in out_dir, or in its folder `earlier`, wherever that was moved to; '' if they are not there."""
+    name = os.path.basename(about.get('config', {}).get('dataset', ''))
+    places = [os.path.join(folder, name) for folder in (out_dir, os.path.dirname(os.path.abspath(out_dir)))]
+    return next((place for place in places if re.fullmatch('data-[0-9a-f]{12}', name) and os.path.isdir(place)), '')
+
+
+def prepare(texts: list[str], out_dir: str, tokenizer: Tokenizer | str, vocab_size: int | None) -> str:
+    """The folder of the token files, written if need be: a tenth of the texts is for validation, or, if they are fewer than 20, the end of each.
+
+    It is named by what is in it: other texts do not overwrite those of a run that was there before, and may be put aside. Raises UserError.
+    """
     size = sum(map(len, texts))
     if size < LEAST:
         raise UserError(
@@ -217,6 +233,12 @@ def prepare(texts: list[str], folder: str, tokenizer: Tokenizer | str, vocab_siz
     if isinstance(tokenizer, str):
         # a text's different words grow about with its root (Heaps 1978)
         tokenizer = choose_tokenizer(tokenizer, lambda: texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size))))
+    content = hashlib.sha256(json.dumps(tokenizer.state(), sort_keys=True).encode())
+    for text in texts:
+        content.update(f'{len(text)} '.encode() + text.encode('utf-8', 'surrogatepass'))
+    folder = os.path.join(out_dir, f'data-{content.hexdigest()[:12]}')
+    if read_meta(folder):  # it is written last
+        return folder
     known = sorted(set(texts))
     kept = set(random.Random(1337).sample(known, len(known) // 10))
 
@@ -228,6 +250,7 @@ def prepare(texts: list[str], folder: str, tokenizer: Tokenizer | str, vocab_siz
                 yield 'val' if text in kept else 'train', text, True
 
     write_dataset(folder, pieces(), tokenizer, sum(len(text.encode('utf-8', 'replace')) for text in texts))
+    return folder
 
 
 def suited(tokens: int | None, knobs: dict[str, Any], begin_from: str = 'scratch') -> dict[str, Any]:

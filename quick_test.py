@@ -1,4 +1,5 @@
-"""Is this installation sound? Half a minute at most, without a dataset or network; all it writes goes into a temporary folder that it removes.
+"""Is this installation sound? Half a minute at most, on CUDA up to a minute more, to compile. It needs no dataset and no network;
+all it writes goes into a temporary folder that it removes.
 
     python quick_test.py
     python quick_test.py --device=cuda
@@ -31,7 +32,7 @@ sys.dont_write_bytecode = True  # beside the scripts nothing is left either
 from configurator import UserError, configure, run  # noqa: E402  nothing here may need a package before that is checked
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = 'train sample serve interactive export originality bench lyregpt scrapers.darklyrics_scraper scrapers.build_dataset'.split()
+SCRIPTS = 'train sample serve interactive export originality bench report answer lyregpt scrapers.darklyrics_scraper scrapers.build_dataset'.split()
 INSTALL = 'pip install -r requirements.txt'
 
 
@@ -202,7 +203,7 @@ def learn(config: QuickConfig, out_dir: str, **knobs: Any) -> Any:
     lines = (HERE / 'data' / 'darklyrics' / 'demo.jsonl').read_text(encoding='utf-8').splitlines()
     texts = [json.loads(line)['lyrics'] for line in lines[:40]]
     steps = {'lr_decay_iters': 20, 'warmup_iters': 2, 'eval_interval': 10, 'log_interval': 5}
-    return lyregpt.train(texts, out_dir, device=config.device, dtype=config.dtype, compile=False, **steps | knobs)
+    return lyregpt.train(texts, out_dir, device=config.device, dtype=config.dtype, compile=False, report=False, **steps | knobs)
 
 
 def first_line(error: BaseException) -> str:

@@ -120,11 +120,14 @@ def read_samples(out_dir: str, most_bytes: int = 1_000_000) -> list[dict[str, An
             log = f.read().decode('utf-8', 'replace')
     except OSError:
         return []
-    found, seen = [], 0
-    for sample in re.finditer(r'^--- sample\n(.*?)\n---(?: (.*))?$', log, re.DOTALL | re.MULTILINE):
-        steps = re.findall(r'^step ([\d,]+)[:/]', log[seen : sample.start()], re.MULTILINE)
-        found.append({'step': int(steps[-1].replace(',', '')) if steps else None, 'text': sample[1], 'remark': sample[2] or ''})
-        seen = sample.end()
+    found, seen, log = [], 0, log.replace('\r\n', '\n')
+    for head in re.finditer(r'^--- sample(?: of (\d{1,6}) lines?)?\n', log, re.MULTILINE):
+        lines = f'{{{head[1]}}}' if head[1] else '+?'  # older logs do not tell how many: up to the first line that looks like the end
+        sample = re.compile(rf'((?:.*\n){lines})---(?: (.*))?$', re.MULTILINE).match(log, head.end())
+        if sample and head.start() >= seen:
+            steps = re.findall(r'^step ([\d,]+)[:/]', log[seen : head.start()], re.MULTILINE)
+            found.append({'step': int(steps[-1].replace(',', '')) if steps else None, 'text': sample[1][:-1], 'remark': sample[2] or ''})
+            seen = sample.end()
     return found
 
 
@@ -155,6 +158,8 @@ def read_run(out_dir: str) -> Run:
             config = json.load(f)
     except (OSError, ValueError):
         config = {}
+    if isinstance(config, dict) and 'label_smoothing' in config:
+        raise UserError(f'{out_dir}: a run of answer.py, an encoder–decoder; only runs of train.py are told of here')
     return Run(out_dir, rows, config if isinstance(config, dict) else {}, read_sessions(out_dir), read_samples(out_dir))
 
 
@@ -190,6 +195,21 @@ def knob(run: Run, name: str, default: float = 0.0) -> float:
     return default if (value := number(run.config.get(name))) is None else value
 
 
+def known(run: Run, *names: str) -> bool:
+    """Are these knobs told, as numbers? What is to be changed must be known."""
+    return all(number(run.config.get(name)) is not None for name in names)
+
+
+def goes_on(run: Run) -> str:
+    """What to do with a run that has not come to its end; '' if it has."""
+    end, most = run.fact('end'), knob(run, 'max_iters')
+    if not str(end).startswith('stopped by ') if end else not run.sessions and run.steps >= most:  # a run that is killed tells no end
+        return ''
+    resume = shlex.join(['python', 'train.py', f'--out_dir={run.out_dir}', '--init_from=resume'])
+    so_far = f' ({run.steps:,} of {most:,.0f} steps)' if most and not knob(run, 'max_minutes') else ''
+    return f'It has not come to its end{so_far}: let it go on; if it was stopped, this resumes it: `{resume}`.'
+
+
 def is_tuned(run: Run) -> bool:
     """Did it begin from weights that had been trained before?"""
     return (run.fact('began_from') or run.config.get('init_from')) not in ('scratch', 'resume', None)
@@ -220,7 +240,9 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
     steps, val, train = run.steps, run.evaluations[-1]['val_loss'] if run.evaluations else None, run.train_at(run.steps)
     if len(run.evaluations) < 3:
         shows = f'{len(run.evaluations)} evaluation{"s" * (len(run.evaluations) != 1)}: too few to see whether it learns more than its text by heart.'
-        return '', [(shows, f'Evaluate more often: {knobs(eval_interval=max(1, steps // 10))}.')]
+        often = max(1, steps // 10)
+        way = goes_on(run) or (f'Evaluate more often: {knobs(eval_interval=often)}.' if often != knob(run, 'eval_interval') else '')
+        return '', [(shows, way)] if way else []
     if val is None or train is None or not run.best:
         return '', []
     at, low, third = int(run.best['step'] or 0), run.best['val_loss'] or 0.0, 2 * steps / 3
@@ -235,29 +257,37 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
             else f'Over the last third of the steps the training loss fell by {train_fell:.3f} to {train:.3f}, the validation loss by '
             f'{max(0.0, val_fell):.3f} to {val:.3f}: what it still learns, it learns by heart (overfitting begins).'
         )
-        ways = ['More words', f'dropout, {knobs(dropout=min(0.5, knob(run, "dropout") + 0.1))}', f'a stop in time, {knobs(patience=3)}']
+        ways = ['More words']
+        if known(run, 'dropout') and (dropout := knob(run, 'dropout')) < 0.5:
+            ways.append(f'dropout, {knobs(dropout=min(0.5, dropout + 0.1))}')
+        if not 0 < knob(run, 'patience') <= 3:
+            ways.append(f'a stop in time, {knobs(patience=3)}')
         if not is_tuned(run) and knob(run, 'n_layer') > 1:
             ways.append(f'a smaller model, {knobs(n_layer=int(knob(run, "n_layer")) // 2)}')
         return 'by heart', [(shows, '; or '.join(ways) + '.')]
     first = run.training[0]['train_loss'] or 0.0
     if doubling > min(0.02 * val, 0.2 * (first - train)):  # the second, because a slow run has not fallen far
+        shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
+        if rest := goes_on(run):
+            return 'too short', [(shows, rest)]
+        if str(run.fact('end')).startswith('stopped:'):  # by what it was asked to stop at, not for want of steps
+            return 'too short', []
         minutes = knob(run, 'max_minutes')
         longer = {'max_minutes': 2 * minutes} if minutes else {'max_iters': 2 * steps}
         if not minutes and run.config.get('lr_decay_iters') is not None:
             longer['lr_decay_iters'] = 2 * steps
-        shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
         way = f'It was too short: train longer, {knobs(**longer)}'
         if (middle := run.train_at(steps / 2)) and middle - train > 0.5 * (first - middle):
             shows += f' The training loss fell by {first - middle:.2f} in the first half and by {middle - train:.2f} in the second: it learns slowly.'
-            way += f'; or faster, {knobs(learning_rate=3 * knob(run, "learning_rate"))}'
+            way += f'; or faster, {knobs(learning_rate=3 * rate)}' if (rate := knob(run, 'learning_rate')) else ''
         return 'too short', [(shows, way + '.')]
     if abs(val - train) < 0.03 * val and half is not None:
         shows = (
             f'Both losses hardly move any more, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
             f'{doubling:.3f}: the model holds what it can hold (it is too small).'
         )
-        wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd')}
-        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model: {knobs(**wider)}.')]
+        wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd') if known(run, 'n_head', 'n_embd')}
+        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model{f": {knobs(**wider)}" if wider else ""}.')]
     return '', []
 
 
@@ -272,7 +302,7 @@ def size_and_words(run: Run, shape: str) -> list[Hint]:
         shows = f'It read its {words:,.0f} tokens {epochs:.1f} times, {each:.2g} tokens a parameter. About 20 a parameter are best (Hoffmann et al. 2022), '
         shows += 'and up to 4 readings count nearly as new words (Muennighoff et al. 2023).'
         return [(shows, f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.')]
-    if each < 10 and shape != 'by heart' and not run.config.get('max_minutes'):
+    if each < 10 and shape != 'by heart' and not run.config.get('max_minutes') and run.fact('end') in ('done', None) and not goes_on(run):
         shows = f'It read {each:.2g} tokens a parameter; about 20 are best for a budget of computing (Hoffmann et al. 2022).'
         return [(shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}.')]
     return []
@@ -288,12 +318,12 @@ def upkeep(run: Run) -> list[Hint]:
     seconds, mfu = run.seconds(), run.median('mfu')
     total = sum(seconds.values())
     if total > 60 and seconds.get('evaluation', 0.0) > 0.2 * total:
-        way = knobs(eval_interval=2 * int(knob(run, 'eval_interval', 1)))
-        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often: {way}.'))
+        way = f': {knobs(eval_interval=2 * int(knob(run, "eval_interval")))}' if known(run, 'eval_interval') else ''
+        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often{way}.'))
     if total > 60 and mfu is not None and mfu < 0.15:
-        at_once, windows = run.figure('data', 'windows at once') or 0.0, knob(run, 'batch_size', 1) * knob(run, 'gradient_accumulation_steps', 1)
-        ways = [] if run.fact('environment', 'model is') == 'compiled' else [knobs(compile=True)]
-        if at_once < windows:
+        at_once, windows = run.figure('data', 'windows at once'), knob(run, 'batch_size') * knob(run, 'gradient_accumulation_steps')
+        ways = [] if run.fact('environment', 'model is') == 'compiled' or run.config.get('compile') is True else [knobs(compile=True)]
+        if at_once and at_once < windows:  # batch_size='auto' is no number: as many as fit are read at once already
             ways.append(knobs(batch_size='auto', gradient_accumulation_steps=int(windows)))
         if ways:
             found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', f'Try {" or ".join(ways)}.'))
@@ -336,7 +366,7 @@ def draw(
         matplotlib.rcdefaults()  # not what someone's matplotlibrc says
         look: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.formatter.limits': (-5, 8)}
         matplotlib.rcParams.update(look | dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'), INK))
-        figure = Figure(figsize=(4.4, 2.6), )
+        figure = Figure(figsize=(4.4, 2.6))
         axes = figure.add_axes((0.13, 0.16, 0.74, 0.8))
         for name, values in points.items():
             every = -(-len(values) // 400)  # of a long run the means of a few rows each
@@ -479,7 +509,7 @@ def page(run: Run) -> str:
     hints = advice(run)
     out.append('<h2>What to try next</h2>')
     out += [f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>' for shows, way in hints]
-    out.append(f'<p><small>The knobs go behind <code>{esc(command(run))}</code></small></p>' if any('`' in way for _, way in hints) else '')
+    out.append(f'<p><small>The knobs go behind <code>{esc(command(run))}</code></small></p>' if any('`--' in way for _, way in hints) else '')
     out.append('' if hints else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>')
 
     out.append('<h2>Curves</h2><div class=grid>')
@@ -580,8 +610,8 @@ def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
     if bits:
         line('best bits per byte', '.4f', [row.get('val_bpb') for row in best])
     for axis, form in ('tokens', ',.0f'), ('seconds', ',.1f'):
-        where = min(run.last[axis] or 0.0 for run in both)
-        values = [run.val_at(min(where, run.evaluations[-1][axis] or 0.0), axis) if run.evaluations else None for run in both]
+        where = min(run.evaluations[-1][axis] or 0.0 if run.evaluations else 0.0 for run in both)
+        values = [run.val_at(where, axis) for run in both]
         if losses and None not in values:
             line(f'validation loss after {where:{form}} {axis}', '.4f', values)
     if losses and a.tokens != b.tokens:

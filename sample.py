@@ -175,7 +175,7 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Call
         if not config.json and tokens[0] >= 0 and (tokens[0] != tokenizer.eot or not config.stop_at_end):
             print(decode(int(tokens[0])), end='', flush=True)
     if not config.json:
-        print()
+        print(decode(None))
     for i, row in enumerate(rows):
         ended = config.stop_at_end and bool(row) and row[-1] == tokenizer.eot
         written = tokenizer.decode(row[:-1] if ended else row)

@@ -62,10 +62,10 @@ class Tokenizer:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary."""
         return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')
 
-    def stream_decoder(self) -> Callable[[int], str]:
-        """A function to feed ids one by one; it gives out text as soon as a character is whole."""
+    def stream_decoder(self) -> Callable[[int | None], str]:
+        """A function to feed ids one by one; it gives out text as soon as a character is whole. None at the end gives what is left of one."""
         utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        return lambda token: utf8.decode(self.token_bytes(token))
+        return lambda token: utf8.decode(b'', final=True) if token is None else utf8.decode(self.token_bytes(token))
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that one id stands for (a byte-level token may be part of a character).

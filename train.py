@@ -904,7 +904,8 @@ def write_sample(model: GPT, tokenizer: Tokenizer, start: str, tokens: int = 200
     end = [] if tokenizer.eot is None else [tokenizer.eot]
     ids = [int(t) for t in model.generate([end + tokenizer.encode(known) or [0]], tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, stop_tokens=end)]
     text = known + tokenizer.decode(ids[:-1] if ids[-1:] == end else ids)
-    return '--- sample\n' + text + '\n---' + (f' {index.compare(text, since=len(known))}' if index else '')
+    lines = text.count('\n') + 1  # told, because a text may hold a line that looks like its end
+    return f'--- sample of {lines} line{"s" * (lines > 1)}\n{text}\n---' + (f' {index.compare(text, since=len(known))}' if index else '')
 
 
 def write_report(out_dir: str) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from engine import CHUNK, Ended, Engine, Full, Row
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
+from tokenizer import BPETokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer(''.join(map(chr, range(32, 127))))
 
@@ -229,3 +229,15 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         assert running.texts(submitted(running, [some_row(7)])) == [generated(running.engine.model, some_row(7))]
     with pytest.raises(Ended):
         running.engine.submit([Row([1])])
+
+
+def test_a_text_that_ends_within_a_character(monkeypatch):
+    bytewise = BPETokenizer.train(['ab'], 257)
+    monkeypatch.setattr('tests.test_engine.TOKENIZER', bytewise)
+    rows = [Row([0], max_tokens=4, temperature=2.0, seed=seed) for seed in range(60)]
+    with Running(build(), max_batch=16) as running:
+        running.engine.submit(rows)
+        texts = running.texts(rows)
+    whole = [bytewise.decode(row.written[:-1] if row.written[-1] == bytewise.eot else row.written) for row in rows]
+    halves = [bytewise.stream_decoder() for _ in rows]
+    assert texts == whole and whole != [''.join(map(decode, row.written)) for decode, row in zip(halves, rows)], 'some ended so'

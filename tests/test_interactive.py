@@ -86,6 +86,8 @@ def test_what_text_cannot_tell_is_kept(talk, model):
     ids = bytewise.encode('é')
     session, out, said = talk(['', '/temperature 0'], '--max_new_tokens=1', tokenizer=bytewise, ids=ids)
     assert session.text.whole == '' and session.text.ids == ids[:1]
+    ended, out, said = talk([''], '--max_new_tokens=2', tokenizer=bytewise, ids=[ids[0], bytewise.eot])
+    assert ended.text.whole == '\ufffd' and '\ufffd' in out, 'and is shown as broken if there is none'
     session.begin = lambda config, text, prompt: asked.append(prompt) or (text, prompt, iter(torch.tensor(ids[1:])[:, None]))
     session.do_more('')
     assert asked == [ids[:1]] and session.text.whole == 'é', 'half a character waits for the other half'

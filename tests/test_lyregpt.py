@@ -16,6 +16,7 @@ import lyregpt
 from configurator import UserError
 from dataset import folder_of, read_meta
 from export import ExportConfig, export
+from originality import index_of
 from tests.conftest import DEMO, ROOT, script
 
 SONGS = [json.loads(line)['lyrics'] for line, _ in zip(DEMO.open(encoding='utf-8'), range(30))]
@@ -30,6 +31,12 @@ def model(tmp_path_factory):
 @pytest.fixture(scope='module')
 def out(model):
     return model.config.out_dir
+
+
+def data_in(out):
+    """The token files in out_dir, which holds those of one preparation."""
+    [folder] = out.glob('data-*')
+    return folder
 
 
 TEN_LINES = f"""
@@ -51,7 +58,7 @@ def test_ten_lines_in_a_fresh_process_elsewhere(tmp_path):
     done = script('-c', TEN_LINES, cwd=tmp_path, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ['out-mine', 'two.json']
-    assert {'best.pt', 'ckpt.pt', 'metrics.csv', 'data'} <= set(os.listdir(tmp_path / 'out-mine'))
+    assert {'best.pt', 'ckpt.pt', 'metrics.csv'} <= set(os.listdir(tmp_path / 'out-mine')) and data_in(tmp_path / 'out-mine').is_dir()
     words = ['--start=The lantern', '--num_samples=2', '--max_new_tokens=30', '--temperature=0.9', '--top_k=50', '--seed=5', '--json']
     told = script(ROOT / 'sample.py', '--out_dir=out-mine', *words, cwd=tmp_path).stdout.splitlines()
     assert ['The lantern' + json.loads(line)['text'] for line in told] == json.loads((tmp_path / 'two.json').read_text(encoding='utf-8'))
@@ -103,11 +110,35 @@ def test_twice_in_one_process_and_resume(tmp_path, model):
     moved = tmp_path / 'b'
     (tmp_path / 'a').rename(moved)
     resumed = lyregpt.train(out_dir=moved, init_from='auto', max_iters=15)
-    assert resumed.about['iter_num'] == 15 and resumed.about['config']['dataset'] == str(moved / 'data')
+    assert resumed.about['iter_num'] == 15 and resumed.about['config']['dataset'] == str(data_in(moved))
     lyregpt.train(SONGS, moved, init_from='resume', max_iters=20)
     parts = checkpoint.load(str(moved / 'ckpt.pt'))['model']
     # the evaluations at 15 and at 20 instead of 10 and 20 change nothing: they draw no dice
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_an_earlier_run_keeps_its_words(tmp_path):
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    lyregpt.train(SONGS[:12], a, max_iters=4, **QUICK)
+    lyregpt.train(SONGS[12:], a, max_iters=4, **QUICK)
+    a.rename(b)
+    indexes = [index_of(lyregpt.load(out, device='cpu').about['config'], lyregpt.data_of(lyregpt.load(out).about, str(out))) for out in (b / 'earlier', b)]
+    for index, own, other in zip(indexes, (SONGS[0], SONGS[20]), (SONGS[20], SONGS[0])):
+        assert index.compare(own).longest > 20 > index.compare(other).longest
+    assert lyregpt.load(b / 'earlier', device='cpu').generate(max_new_tokens=5, avoid_copying=2)
+    again = lyregpt.train(out_dir=b / 'earlier', init_from='resume', max_iters=6)
+    assert again.about['iter_num'] == 6 and again.about['config']['dataset'] == lyregpt.data_of(again.about, str(b / 'earlier'))
+    written = sorted(b.rglob('*.bin'))
+    lyregpt.train(SONGS[:12], b, max_iters=2, **QUICK)
+    assert sorted(b.rglob('*.bin')) == written and len(written) == 4, 'the same texts are there already'
+
+
+def test_a_stream_that_ends_within_a_character(model):
+    knobs = dict(max_new_tokens=3, temperature=3.0, top_k=0)
+    broken = [(i, text) for i, text in enumerate(model.generate('é', num_samples=200, seed=0, **knobs)) if text.endswith('\ufffd')]
+    streams = [list(model.stream('é', seed=i, **knobs)) for i, _ in broken]
+    assert [''.join(pieces) for pieces in streams] == [text for _, text in broken]
+    assert any(pieces[-1] for pieces in streams), 'one had to be told that there is no more'
 
 
 def test_an_interrupt_keeps_the_checkpoint(tmp_path):
@@ -134,7 +165,7 @@ def test_little_text_gets_a_little_model(tmp_path):
     """Twenty short lines are enough for something; nothing but the texts is given."""
     lines = [f'{number} lanterns on the hill' for number in 'one two three four five six seven eight nine ten'.split()]
     little = lyregpt.train(lines + [line.replace('hill', 'shore') for line in lines], tmp_path / 'out', device='cpu')
-    meta = read_meta(str(tmp_path / 'out' / 'data'))
+    meta = read_meta(str(data_in(tmp_path / 'out')))
     assert meta['splits']['train']['documents'] == 18 and meta['splits']['val']['documents'] == 2
     assert little.gpt.config.block_size <= meta['splits']['train']['tokens'] / 4 and little.loss('two lanterns on the hill').bits_per_byte < 3
 
@@ -152,10 +183,12 @@ def test_texts_from_files_and_tuning(tmp_path, model, out):
     """A folder of files; a model trained further on them keeps its tokenizer and starts better than chance."""
     (tmp_path / 'words').mkdir()
     (tmp_path / 'words' / 'a.txt').write_text(SONGS[3], encoding='utf-8')
-    (tmp_path / 'words' / 'b.jsonl').write_text(json.dumps({'lyrics': SONGS[4]}) + '\n', encoding='utf-8')
+    (tmp_path / 'words' / 'b.jsonl').write_text(json.dumps({'lyrics': SONGS[4]}) + '\n{"lyrics": " "}\n', encoding='utf-8')
+    (tmp_path / 'words' / 'empty.txt').write_text('\n')
+    assert lyregpt.list_of(tmp_path / 'words') == [SONGS[3], SONGS[4]]
     tuned = lyregpt.train(tmp_path / 'words', tmp_path / 'tuned', init_from=out, max_iters=2, device='cpu')
     assert tuned.tokenizer.fingerprint() == model.tokenizer.fingerprint() and tuned.gpt.config == model.gpt.config
-    assert sum(s['documents'] for s in read_meta(str(tmp_path / 'tuned' / 'data'))['splits'].values()) == 4  # each in two parts
+    assert sum(s['documents'] for s in read_meta(str(data_in(tmp_path / 'tuned')))['splits'].values()) == 4  # each in two parts
     assert tuned.loss(SONGS[3]).nats_per_token < math.log(tuned.tokenizer.vocab_size) - 0.5
 
 

@@ -348,7 +348,7 @@ def test_samples_of_training_end_with_the_document(tmp_path):
                     break
 
     told = write_sample(Model(), tokenizer, 'the r\ua000a', index=index)
-    assert told == '--- sample\nthe rain in sp\n--- originality: 3 words in a row from "document 1: the rain in spain falls…" ("the rain in")'
+    assert told == '--- sample of 1 line\nthe rain in sp\n--- originality: 3 words in a row from "document 1: the rain in spain falls…" ("the rain in")'
 
 
 def test_scripts(tmp_path, chars, monkeypatch, capsys):

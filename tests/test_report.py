@@ -138,12 +138,21 @@ def test_runs_of_before_and_runs_that_go_on(reported, tmp_path):
     assert 'in 40 steps' in page and 'still goes on, or was killed' in page
 
 
-@pytest.mark.parametrize('name, text, message', [('', '', 'no such folder'), ('x', '', 'no metrics.csv'), ('metrics.csv', ','.join(METRICS), 'no figures yet')])
+@pytest.mark.parametrize(
+    'name, text, message',
+    [
+        ('', '', 'no such folder'),
+        ('x', '', 'no metrics.csv'),
+        ('metrics.csv', ','.join(METRICS), 'no figures yet'),
+        ('metrics.csv', ','.join(METRICS) + '\n1,9,1.0,2.5,,,,,,\n', 'a run of answer.py'),
+    ],
+)
 def test_mistakes(tmp_path, name, text, message):
     out = tmp_path / 'out'
     if name:
         out.mkdir()
         (out / name).write_text(text)
+        (out / 'config.json').write_text('{"label_smoothing": 0.1}')
     done = script('report.py', f'--out_dir={out}')
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1
 
@@ -209,7 +218,7 @@ def recorded(name, knobs=(), rows=slice(None), **facts):
 def said(run):
     """The advice as one text. Each knob in it must be one that train.py takes beside the run's own."""
     hints = report.advice(run)
-    for words in re.findall('`(.*?)`', ' '.join(way for _, way in hints)):
+    for words in re.findall('`(--.*?)`', ' '.join(way for _, way in hints)):
         configure(TrainConfig, [*(f'--{k}={v}' for k, v in run.config.items()), '--init_from=scratch', *words.split()])
     return '\n'.join(f'{shows} -> {way}' for shows, way in hints)
 
@@ -253,6 +262,54 @@ def test_advice_of_other_beginnings():
     assert 'The machine did 5%' in said(slow) and '--compile=True' in said(slow)
 
 
+def test_a_run_that_has_not_ended_is_to_go_on():
+    for facts in {'end': None}, {'end': 'stopped by SIGTERM'}:
+        text = said(recorded('short', {'max_iters': 5000}, **facts))
+        assert 'still falls' in text and '(120 of 5,000 steps)' in text and '`python train.py --out_dir=out --init_from=resume`' in text
+        assert '--max_iters' not in text and 'too short' not in text
+        assert 'let it go on' in said(recorded('short', {'max_iters': 5000}, slice(0, 3), **facts))
+    before = recorded('short', {'max_iters': 5000})
+    before.sessions = []  # of before run.json
+    assert 'let it go on' in said(before)
+    assert 'still falls' not in said(recorded('short', {'max_iters': 5000}, end='stopped: reached the target validation loss of 3'))
+    page = report.page(recorded('short', {'max_iters': 5000, 'eval_iters': 9}, data={}, model={}, end=None))
+    assert '--init_from=resume</code>' in page and 'The knobs go behind' not in page
+
+
+def test_no_hint_changes_nothing_or_what_is_not_known():
+    text = said(recorded('heart', {'dropout': 0.5, 'patience': 3}))
+    assert 'overfitting' in text and '--dropout' not in text and '--patience' not in text and '--n_layer=1' in text
+    slow = recorded('small', {'compile': True, 'batch_size': 'auto'}, seconds={'training': 60.0, 'evaluation': 60.0})
+    for row in slow.rows:
+        row['mfu'] = row['mfu'] and 0.05
+    assert 'Both losses' in said(slow) and 'The machine' not in said(slow)
+    for name in RUNS:
+        bare = recorded(name, seconds={'training': 60.0, 'evaluation': 60.0})
+        bare.config = {}
+        for row in bare.rows:
+            row['mfu'] = row['mfu'] and 0.05
+        text = '\n'.join(f'{shows} -> {way}' for shows, way in report.advice(bare))
+        assert 'evaluations' in text and not re.search(r'=0\b(?!\.)|--(dropout|learning_rate|n_\w+|batch_size|eval_interval)=', text), text
+
+
+def test_samples_that_look_like_their_end(tmp_path):
+    def write_log(text):
+        (tmp_path / 'train.log').write_bytes(text.encode())
+        return [(s['step'], s['text'], s['remark']) for s in report.read_samples(str(tmp_path))]
+
+    new = 'step 10: loss 5\n--- sample of 4 lines\na\n---\n--- sample\nb\n--- new\nstep 20: loss 4\n--- sample of 1 line\n\n---\n--- sample of 9 lines\nhalf'
+    assert write_log(new) == write_log(new.replace('\n', '\r\n')) == [(10, 'a\n---\n--- sample\nb', 'new'), (20, '', '')]
+    old = 'step 10: loss 5\n--- sample\na\nb\n--- one\nstep 20: loss 4\n--- sample\n\n--- two\nstep 30: loss 4\n'
+    assert write_log(old) == [(10, 'a\nb', 'one'), (20, '', 'two')]
+
+
+def test_charts_need_no_backend():
+    code = "import sys; from tests.test_report import recorded; import report; assert len(report.charts(recorded('heart'))) == 3; "
+    code += "import matplotlib; assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams._get('backend') == 'TkAgg'"
+    done = script('-c', code, MPLBACKEND='TkAgg')
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_wrong_is_said():
     run = recorded('small')
     for row in run.training:  # a gap that does not grow
@@ -280,6 +337,9 @@ def test_compare(chars, reported, tmp_path):
     assert rows['best validation loss'] == tuple(f'{run.best["val_loss"]:.4f}' for run in (ours, theirs))
     assert rows['validation loss after 3,840 tokens'] == tuple(f'{run.evaluations[2]["val_loss"]:.4f}' for run in (ours, theirs))
     assert 'learning rate had not come down yet' in done.stdout and json.loads((tmp_path / 'c.json').read_text())['figures']
+    theirs.evaluations = theirs.evaluations[:2]  # 20 steps of 30 were evaluated
+    rows = {name: (a, b) for name, a, b in report.compare(ours, theirs)[0]}
+    assert rows['validation loss after 2,560 tokens'] == tuple(f'{run.evaluations[1]["val_loss"]:.4f}' for run in (ours, theirs))
     for words in ['--compare', reported], ['--compare', reported, other, other], ['--compare', reported, tmp_path / 'none']:
         done = script('bench.py', *words)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and ('two folders' in done.stderr or 'no such folder' in done.stderr)

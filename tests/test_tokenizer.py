@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 
@@ -75,7 +76,11 @@ def test_streamed_text_is_the_decoded_text(of_bytes):
     text = 'Ω🦇 rain — näher 日本'
     step = of_bytes.stream_decoder()
     pieces = [step(i) for i in of_bytes.encode(text)]
-    assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces)
+    assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces) and step(None) == ''
+    rng = random.Random(1)
+    for _ in range(300):  # whatever the bytes, also when they end within a character
+        ids = [i for c in rng.choices('aé日🦇', k=4) for i in of_bytes.encode(c)[: rng.randint(1, 4)]]
+        assert ''.join(map(step, [*ids, None])) == of_bytes.decode(ids)
 
 
 def test_bpe_training_is_repeatable_and_merges(demo_text, bpe):
