@@ -17,6 +17,7 @@ on any number of processes. To look at either kind, check it, or make one of the
 
 import argparse
 import contextlib
+import difflib
 import glob
 import hashlib
 import json
@@ -310,7 +311,10 @@ def candidates(where: str, best: bool = False) -> list[str]:
     if os.path.isfile(where) or os.path.isfile(os.path.join(where, REST)):
         return [where]
     if not os.path.isdir(where):
-        raise UserError(f'{where}: no such folder or file; train a model first: python train.py config/train_darklyrics.py')
+        parent, name = os.path.split(where.rstrip('/'))
+        near = difflib.get_close_matches(name, os.listdir(parent or '.') if os.path.isdir(parent or '.') else [], 1, 0.8)
+        hint = f'did you mean {os.path.join(parent, near[0])}?' if near else 'train a model first: python train.py config/train_darklyrics.py'
+        raise UserError(f'{where}: no such folder or file; {hint}')
     found = []
     for role in (['best', 'best.prev'] if best else []) + ['ckpt', 'ckpt.prev']:  # best.prev: a kill came between two renames of folders
         both = [p for p in (os.path.join(where, role + '.pt'), os.path.join(where, role)) if os.path.exists(p)]

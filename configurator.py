@@ -165,6 +165,8 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
         folder = os.path.dirname(path) or '.'
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1)
         hint = f'; did you mean {os.path.join(os.path.dirname(path), near[0])}?' if near else ''
+        if os.path.isdir(path) and 'out_dir' in types_:
+            hint = f'; did you mean --out_dir={path}?'
         raise UserError(f'{path}: no such config file (options begin with --, as in --batch_size=32){hint}')
     try:
         with open(path, encoding='utf-8') as f:

@@ -115,6 +115,8 @@ class Session:
 
     def obey(self, line: str) -> None:
         """Do what a line says: a command, or write the text that begins with it. Raises ValueError, and EOFError to end."""
+        if line.strip() in ('quit', 'exit'):
+            raise UserError('/quit ends; a text that begins so: give it one more word')
         if not line.startswith('/'):
             return self.write(line)
         name, rest = re.findall(r'^/(\w*)(.*)$', line.rstrip(), re.DOTALL)[0]

@@ -76,12 +76,16 @@ class Originality:
             return 'originality: there are no words in it'
         if not self.longest:
             return 'originality: not one of its words is in the training split'
-        words = ' '.join(self.text.split())
-        words = words if len(words) <= 60 else words[:57] + '...'
         return (
-            f'originality: {self.longest} word{"s" * (self.longest > 1)} in a row from "{self.song}" ("{words}")'
+            f'originality: {self.longest} word{"s" * (self.longest > 1)} in a row from "{self.song}" ("{brief(self.text, 60)}")'
             + ('' if self.share is None else f'; {self.share:.0%} of its {self.n}-word runs are in the training split')
         )
+
+
+def brief(text: str, most: int) -> str:
+    """The text on one line of `most` characters at most."""
+    words = ' '.join(text.split())
+    return words if len(words) <= most else words[: most - 3] + '...'
 
 
 def find_words(text: str) -> Iterator[re.Match[str]]:
@@ -497,7 +501,9 @@ def main() -> None:
         try:
             with open(config.file, encoding='utf-8-sig') as f:
                 text = f.read()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UserError(f'file={config.file}: {error.strerror}') from None
+        except UnicodeDecodeError as error:
             raise UserError(f'file={config.file}: cannot be read as UTF-8 text ({error})') from None
     folder = folder_of(config.dataset)
     index = Index.open(folder)
@@ -507,7 +513,7 @@ def main() -> None:
     result = index.compare(text, config.n)
     print(result)
     for found in result.runs:
-        print(f'  {found["words"]} words from "{found["song"]}": {" ".join(text[found["start"] : found["end"]].split())}')
+        print(f'  {found["words"]} words from "{found["song"]}": {brief(text[found["start"] : found["end"]], 400)}')
 
 
 if __name__ == '__main__':

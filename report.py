@@ -146,7 +146,7 @@ def read_sessions(out_dir: str) -> list[dict[str, Any]]:
 def read_run(out_dir: str) -> Run:
     """The run in a folder. Raises UserError if there is none, or nothing has happened in it yet."""
     if not os.path.isdir(out_dir):
-        raise UserError(f'{out_dir}: no such folder; train a model first: python train.py --out_dir={out_dir}')
+        raise UserError(f'{out_dir}: no such folder; expected the out_dir of a run of train.py')
     try:
         rows = read_rows(out_dir)
     except OSError as error:
@@ -433,6 +433,7 @@ dt, small, .figures, th { color: var(--dim); font-weight: 400; }
 .figures b { color: var(--ink); }
 .hint { margin-bottom: .6rem; border-left: 3px solid var(--val); padding-left: .8rem; }
 .hint p:last-child { color: var(--dim); }
+pre { overflow-x: auto; }
 code, .text { font: .86rem/1.5 ui-monospace, "Liberation Mono", monospace; }
 .text { font: 1rem/1.5 "Iowan Old Style", Palatino, Charter, Georgia, "Liberation Serif", serif; white-space: pre-wrap; max-height: 24rem; overflow-y: auto; }
 @media print { .text { max-height: none; } details::details-content { content-visibility: visible; } }
@@ -509,7 +510,7 @@ def page(run: Run) -> str:
     hints = advice(run)
     out.append('<h2>What to try next</h2>')
     out += [f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>' for shows, way in hints]
-    out.append(f'<p><small>The knobs go behind <code>{esc(command(run))}</code></small></p>' if any('`--' in way for _, way in hints) else '')
+    out.append(f'<p>To try one, put its knobs behind this:</p><pre><code>{esc(command(run))}</code></pre>' if any('`--' in way for _, way in hints) else '')
     out.append('' if hints else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>')
 
     out.append('<h2>Curves</h2><div class=grid>')

@@ -123,7 +123,9 @@ def prompt_text(config: SampleConfig) -> str:
         try:
             with open(start[5:], encoding='utf-8') as f:
                 start = f.read()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise UserError(f'{start[5:]}: {error.strerror}') from None
+        except UnicodeDecodeError as error:
             raise UserError(f'{start[5:]}: cannot be read as UTF-8 text ({error})') from None
     return song_head(config.artist, config.album, '', config.title) + start
 

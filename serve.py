@@ -443,7 +443,9 @@ def describe_run(name: str, folder: str) -> dict[str, Any]:
     """A run in one line: its last figures, and whether it trains now."""
     curves = read_curves(folder)
     last = {key: next((v for v in reversed(values) if v is not None), None) for key, values in curves.items()}
-    active = time.time() - os.path.getmtime(os.path.join(folder, 'metrics.csv')) < 60
+    sessions = report.read_sessions(folder)
+    ended = bool(sessions and sessions[-1].get('end'))
+    active = not ended and time.time() - os.path.getmtime(os.path.join(folder, 'metrics.csv')) < 60
     return {'name': name, 'active': active, 'step': int(last['step'] or 0)} | {key: last[key] for key in ('train_loss', 'val_loss', 'tokens_per_second')}
 
 

@@ -212,6 +212,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         otherwise = (otherwise or 'scratch') if auto == 'auto' else config.init_from
         config = with_knobs(config, {'init_from': 'resume' if team.told(resumable) else otherwise})
     began_from = config.init_from  # of a resumed run, too: what its first steps began from
+    if config.init_from == 'resume' and not os.path.isdir(config.out_dir):
+        raise UserError(f'{config.out_dir}: nothing to resume there; to begin, say --init_from=scratch (a config file may say resume)')
     if config.init_from == 'resume':
         source, state = read(config.out_dir, best=False)
         if main and not config.eval_only:
@@ -917,7 +919,10 @@ def write_report(out_dir: str) -> str:
 
 
 def catch_signals(asked: dict[str, Any]) -> Any:
-    """Let Ctrl-C and SIGTERM ask for a stop at the end of the step (the second one stops at once), SIGUSR1 for a checkpoint. Returns what undoes this."""
+    """Let Ctrl-C, SIGTERM and a terminal that closes (SIGHUP) ask for a stop at the end of the step, SIGUSR1 for a checkpoint.
+
+    A second Ctrl-C or SIGTERM stops at once. Returns what undoes this.
+    """
 
     def ask(number: int, frame: Any) -> None:
         if not asked['signal'] and 'TORCHELASTIC_RUN_ID' not in os.environ:
@@ -926,10 +931,14 @@ def catch_signals(asked: dict[str, Any]) -> Any:
             signal.signal(number, old[number])
             signal.raise_signal(number)
         asked['signal'], asked['at'] = asked['signal'] or number, asked['at'] or time.monotonic()
+        if number in hangup:  # nobody is there to read on
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     old: dict[int, Any] = {}
+    hangup = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # not on Windows, nor under nohup
     try:
-        old |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        old |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
         if hasattr(signal, 'SIGUSR1'):  # not on Windows
             old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: asked.update(save=1))
     except ValueError:  # not in the main thread (some notebooks): signals are someone else's
