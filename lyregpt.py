@@ -81,6 +81,8 @@ class Model:
 
         Sample i is drawn with `seed + i`, as by sample.py, whose knobs these are (WRITING lists them). Raises UserError for a bad one.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise UserError(f'a prompt is text, or a list of texts: got {type(prompt).__name__}')
         if not isinstance(prompt, str):
             return [self.generate(one, num_samples, **knobs) for one in prompt]
         text, ids, config = self._begin(prompt, knobs | {'num_samples': 1 if num_samples is None else num_samples})

@@ -439,6 +439,7 @@ code, .text { font: .86rem/1.5 ui-monospace, "Liberation Mono", monospace; }
 @media print { .text { max-height: none; } details::details-content { content-visibility: visible; } }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { text-align: left; padding: .12rem 1rem .12rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { overflow-wrap: normal; }
 .numbers { overflow-x: auto; }
 .numbers td, .numbers th { text-align: right; overflow-wrap: normal; white-space: nowrap; }
 summary { cursor: pointer; line-height: 2.4rem; color: var(--dim); }

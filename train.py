@@ -401,7 +401,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         + (f', {micro} windows at once' if config.batch_size == 'auto' else '')
     )
     if config.init_from == 'resume':
-        say(f'resuming {source} at step {step:,}' + (f', with {changes}' if changes else ''))
+        no_more = '' if config.max_minutes or step < config.max_iters else f'; max_iters={config.max_iters} leaves nothing to do, more is needed to go on'
+        say(f'resuming {source} at step {step:,}' + (f', with {changes}' if changes else '') + no_more)
     indexes: list[Index] = []
     if config.originality and not config.eval_only:
         team.told(lambda: indexes.append(Index.open(folder)))

@@ -212,6 +212,7 @@ def test_a_dataset_by_name_from_anywhere(tmp_path, monkeypatch):
     [
         (lambda m, d: lyregpt.train(['The rain', 'the sea'], d), '15 characters in 2 texts are too little to learn from: give at least 200'),
         (lambda m, d: lyregpt.train([], d), '0 characters in 0 texts'),
+        (lambda m, d: m.generate(5), 'a prompt is text, or a list of texts: got int'),
         (lambda m, d: lyregpt.train(['one', 2], d), r'texts\[1\] is of type int: expected str'),
         (lambda m, d: lyregpt.train('The lantern', d), 'no such file or folder; a text itself is given in a list'),
         (lambda m, d: lyregpt.train(out_dir=d), 'nothing to train on'),
