@@ -932,11 +932,12 @@ def catch_signals(asked: dict[str, Any]) -> Any:
             signal.signal(number, old[number])
             signal.raise_signal(number)
         asked['signal'], asked['at'] = asked['signal'] or number, asked['at'] or time.monotonic()
-        if number in hangup:  # nobody is there to read on
-            for stream in (1, 2):
+        if number in hangup:  # nobody is there to read on; a file or a pipe still is
+            for stream in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     old: dict[int, Any] = {}
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # asked now: one that is gone is none any more
     hangup = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # not on Windows, nor under nohup
     try:
         old |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}

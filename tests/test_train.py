@@ -122,8 +122,6 @@ def test_a_signal_saves_and_resumes(chars, tmp_path, number, status):
             break
     rest = process.stdout.read()
     assert process.wait() == status
-    if status == 129:  # the terminal is gone: nobody reads on
-        rest = (tmp_path / 'train.log').read_text(encoding='utf-8')
     assert 'saved' in rest and '--init_from=resume' in rest
     step = checkpoint.load(str(tmp_path / 'ckpt.pt'))['iter_num']
     assert train(tiny(chars, tmp_path, '--init_from=resume', f'--max_iters={step + 5}'))['step'] == step + 5
