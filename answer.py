@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in train.py
+import threads  # before torch: it decides how torch's threads wait
 
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -75,10 +76,12 @@ class AnswerConfig:
     eval_only: bool = False  # evaluate the model in out_dir and stop
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow; resuming keeps it
     seed: int = 1337  # of initialization, split, order and dropout
     wandb_log = tensorboard_log = False  # log.py asks; no knobs here
 
     def __post_init__(self) -> None:
+        threads.check_threads(self.threads)
         for names, ok, expected in (
             ('batch_size eval_interval log_interval warmup_iters width', lambda v: v >= 1, 'at least 1'),
             ('max_iters length_penalty', lambda v: v >= 0, '0 or more'),
@@ -237,6 +240,7 @@ def train(config: AnswerConfig) -> dict[str, Any]:
             checkpoint.set_aside_damaged(config.out_dir, path)
         names = {f.name for f in dataclasses.fields(AnswerConfig)} - set_now - set(OF_NOW)
         config = dataclasses.replace(config, **{k: v for k, v in state['config'].items() if k in names})
+    config = dataclasses.replace(config, threads=threads.set_threads(config.threads))
     pairs = read_pairs(config.input or [DEMO], seed=config.seed, text_field=config.text_field)
     tokenizer = from_state(state['tokenizer']) if state else BPETokenizer.train((line for pair in pairs['train'] for line in pair), config.vocab_size)
     eot = tokenizer.eot or 0

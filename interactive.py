@@ -35,7 +35,7 @@ from dataset import write_whole
 from tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces
-FIXED = {'out_dir', 'init_from', 'device', 'dtype', 'quantize', 'compile', 'json', 'interactive', 'num_samples', 'start', 'dataset'}
+FIXED = {'out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize', 'compile', 'json', 'interactive', 'num_samples', 'start', 'dataset'}
 HARMLESS = {'artist', 'album', 'title', 'seed', 'max_new_tokens'}  # what they change is not how the present text goes on
 
 

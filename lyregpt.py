@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in train.py
+import threads  # noqa: F401  before torch: it decides how torch's threads wait
 
+# isort: split
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +42,7 @@ from sample import SampleConfig, begin, load_trained, prompt_text
 from tokenizer import Tokenizer, of_pretrained
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LOADING = ('device', 'dtype', 'quantize', 'compile')
+LOADING = ('device', 'dtype', 'threads', 'quantize', 'compile')
 WRITING = tuple('artist album title max_new_tokens temperature top_k top_p repetition_penalty stop_at_end seed avoid_copying dataset'.split())
 LEAST = 200  # characters that can be cut into windows at all
 TINY = 30_000  # training tokens below which config/tiny.py learns as much as config/small.py, and sooner
@@ -133,7 +134,7 @@ class Model:
 def load(source: str | os.PathLike[str] = 'out', **knobs: Any) -> Model:
     """The model of a folder that `train` wrote, a checkpoint file, a Hugging Face folder, or one of GPT-2's names (gpt2 … gpt2-xl).
 
-    `knobs`: device, dtype, quantize, compile, as in sample.py. Raises UserError.
+    `knobs`: device, dtype, threads, quantize, compile, as in sample.py. Raises UserError.
     """
     asked = build(SampleConfig, knobs, known=LOADING)
     source = os.fspath(source)

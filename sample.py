@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in train.py, but writing has more and shorter pauses
+import threads  # before torch: it decides how torch's threads wait
 
+# isort: split
 import torch
 
 import checkpoint
@@ -66,6 +67,7 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
     quantize: Literal['int8'] | None = None  # int8 weights: faster one text at a time on a CPU; costs a little quality
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
@@ -73,6 +75,7 @@ class SampleConfig:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens)
         if self.num_samples < 1:
             raise ValueError(f'num_samples={self.num_samples}: expected at least 1')
+        threads.check_threads(self.threads)
         if abs(self.seed) >= 2**62:
             raise ValueError(f'seed={self.seed}: expected a number below 2 to the power of 62')
         if self.json and self.interactive:
@@ -90,6 +93,7 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, ready to write, its tokenizer, and what else its checkpoint says ({} for GPT-2's). Raises UserError."""
     try:
         device = pick_device(config.device)
+        threads.set_threads(config.threads)
         path, about = '', {}
         if config.init_from == 'resume':
             path, state = checkpoint.load_from(config.out_dir)

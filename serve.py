@@ -28,8 +28,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as in sample.py
+import threads  # before torch: it decides how torch's threads wait
 
+# isort: split
 import plotly
 import torch
 import uvicorn
@@ -76,9 +77,11 @@ class ServeConfig:
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights, as in sample.py
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
     quantize: Literal['int8'] | None = None  # int8 weights
 
     def __post_init__(self) -> None:
+        threads.check_threads(self.threads)
         for key, least, most in (
             ('port', 0, 65535),
             ('max_batch', 1, 4096),
@@ -225,7 +228,8 @@ class Writer:
     """The model with what is known of it; turns requests into rows of the engine, and pieces into answers."""
 
     def __init__(self, config: ServeConfig):
-        knobs = SampleConfig(out_dir=config.out_dir, init_from=config.init_from, device=config.device, dtype=config.dtype, quantize=config.quantize)
+        same = ('out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize')
+        knobs = SampleConfig(**{name: getattr(config, name) for name in same})
         self.config = config
         # Whatever computes does so in one thread: the OpenMP threads of a second one would outnumber the cores, and where they do each
         # wait ends in sleep (one client got 205 tokens/s instead of 331)

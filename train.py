@@ -26,9 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# threads that wait go to sleep soon: spinning ones make a training beside any other program (a browser, a second run) several times slower
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+import threads  # before torch: it decides how torch's threads wait
 
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -127,6 +127,7 @@ class TrainConfig:
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per usable core. Resuming keeps it, as others round differently
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
     remat: bool = False  # compute each block again in the backward pass instead of keeping what it made: less memory, a quarter more time
     parallel: Literal['ddp', 'fsdp'] = 'ddp'  # several processes: each has the whole model; or its part of every weight, for models that do not fit
@@ -136,6 +137,7 @@ class TrainConfig:
     seed: int = 1337  # of initialization, data order and dropout
 
     def __post_init__(self) -> None:
+        threads.check_threads(self.threads)
         for names, ok, expected in (
             ('batch_size', lambda v: v == 'auto' or v >= 1, 'auto or at least 1'),
             ('gradient_accumulation_steps eval_interval log_interval shard_groups', lambda v: v >= 1, 'at least 1'),
@@ -218,7 +220,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         source, state = read(config.out_dir, best=False)
         if main and not config.eval_only:
             checkpoint.set_aside_damaged(config.out_dir, source)
-        config = resume_config(config, state, source)
+        config = resume_config(config, state, source, team.size)
         before = state.get('config', {})
         began_from = state.get('meta', {}).get('began_from', before.get('init_from'))
         names = [n for n in sorted(given(config) - set(MACHINE_KNOBS)) if n in before and before[n] != getattr(config, n)]
@@ -227,6 +229,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if not os.path.exists(config.init_from):
             raise UserError(f'init_from={config.init_from}: no such folder or file, and none of scratch, resume, auto, {", ".join(GPT2_NAMES)}')
         source, state = read(config.init_from, best=True)
+    config = with_knobs(config, {'threads': threads.set_threads(config.threads)})
     folder = prepared_folder(config, team)
     tokenizer = read_tokenizer(folder)
     if state and tokenizer.state() != checkpoint.tokenizer_of(state, folder=folder).state():
@@ -395,7 +398,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         + f'; validation on {windows:,} of {val_split.eval_windows():,} windows'
     )
     say(
-        f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {torch.get_num_threads()} threads"}, '
+        f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {threads.describe_threads()}"}, '
         f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {team.size} process{"es" * (team.size > 1)}'
         + ' (fsdp)' * fsdp
         + (f', {micro} windows at once' if config.batch_size == 'auto' else '')
@@ -415,7 +418,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             command=shlex.join(['python', *sys.argv]) if os.path.basename(sys.argv[0]) == 'train.py' else '',
             from_step=step,
             began_from=began_from,
-            changed=[f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default],
+            changed=[f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default and f.name != 'threads'],
             environment=environment(device)
             | {'numbers': str(dtype).removeprefix('torch.'), 'model is': 'compiled' if compiled else 'eager', 'processes': team.size},
             model={'parameters': model.num_params(), 'vocabulary': model.config.vocab_size, 'arch': model.config.arch},
@@ -482,6 +485,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             'last_eval': last_eval,
             'losses': so_far,
             'job': job_name(),
+            'processes': team.size,
             'micro': micro if config.batch_size == 'auto' else None,
             'seconds': seconds_before + time.perf_counter() - began,
         }
@@ -851,14 +855,16 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
     return folder
 
 
-def resume_config(config: TrainConfig, state: dict[str, Any], path: str) -> TrainConfig:
-    """The checkpoint's knobs, but for those that the user set now and those of the machine.
+def resume_config(config: TrainConfig, state: dict[str, Any], path: str, processes: int) -> TrainConfig:
+    """The checkpoint's knobs, but for those that the user set now and those of the machine; its threads for as many processes only.
 
     Raises UserError if there is nothing to resume, or they contradict one another.
     """
     if 'optimizer' not in state or 'iter_num' not in state:
         raise UserError(f'{path}: holds weights only, nothing to resume; fine-tune it with --init_from={path}')
     names = {f.name for f in dataclasses.fields(TrainConfig)} - set(MACHINE_KNOBS) - given(config)
+    if state.get('processes') != processes:
+        names.discard('threads')
     known = {k: v for k, v in state.get('config', {}).items() if k in names}
     if 'param_groups' in state['optimizer']:  # nanoGPT's: one AdamW, and a model of GPT-2's kind
         known |= {'optimizer': 'adamw', 'arch': 'gpt2'}

@@ -13,15 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DEMO = ROOT / 'data' / 'darklyrics' / 'demo.jsonl'
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-import torch  # noqa: E402
+import threads  # noqa: E402  before torch
 
+# isort: split
 from configurator import configure, run  # noqa: E402
 from dataset import split_text, write_dataset  # noqa: E402
 from tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 
-torch.set_num_threads(2)
+threads.set_threads(2)
 
 
 def script(*words, cwd=ROOT, timeout=120, **env):
