@@ -5,13 +5,15 @@ Also the three words that a weight cut over processes (a DTensor) and a plain on
 
 import contextlib
 import ctypes
+import functools
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,11 +59,51 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def cpu_seconds(work: Callable[[], Any], times: int = 5) -> float:
+    """The shortest time that `work()` takes on one thread, in seconds of that thread's own CPU time.
+
+    Other programs do not add to it, so a choice that follows from it is the same on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        work()  # the first call may prepare something
+        least = math.inf
+        for _ in range(times):
+            started = time.thread_time()
+            work()
+            least = min(least, time.thread_time() - started)
+        return least
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def product_seconds(dtype: torch.dtype) -> float:
+    """CPU seconds of one product of two 256 × 256 matrices."""
+    a = torch.ones(256, 256, dtype=dtype)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return cpu_seconds(lambda: multiply(a, a))
+
+
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bfloat16 itself, faster than float32?"""
+    """Does this device multiply bfloat16 faster than float32? A CPU is asked by trying: with instructions for it, it is at least
+    1.5 times as fast, without them less than half as fast.
+    """
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == 'cpu' and product_seconds(torch.bfloat16) < product_seconds(torch.float32) / 1.2
+
+
+@functools.cache
+def fast_int8() -> bool:
+    """Does this CPU multiply int8 by int8 exactly, and faster than float32 (VNNI, AMX)?
+
+    Without such instructions oneDNN adds pairs of products in 16 bits, where large ones overflow, and PyTorch's own loop is slow.
+    """
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    exact = bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
+    return exact and product_seconds(torch.int8) < product_seconds(torch.float32)
 
 
 def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dtype:

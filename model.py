@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from machine import is_sharded, put
+from machine import fast_int8, is_sharded, put
 
 PRESETS: dict[str, dict[str, Any]] = {
     'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
@@ -321,11 +321,22 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 
-class Int8Linear(nn.Module):
-    """A linear layer for writing: weights in int8 with a scale per output, a quarter of fp32's bytes to read.
+def packed(linear: nn.Linear) -> nn.Module:
+    """The layer with packed weights where oneDNN has them for its device and dtype, else the layer itself."""
+    packs = linear.weight.device.type == 'cpu' and torch.backends.mkldnn.is_available()
+    if linear.weight.dtype == torch.bfloat16:
+        packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif linear.weight.dtype != torch.float32:
+        packs = False
+    return PackedLinear(linear) if packs else linear
 
-    CPUs multiply int8 by int8 fastest, so there each token's activations are rounded to int8 too, with a scale per token
-    (LLM.int8's vector-wise scheme, Dettmers et al. 2022, without its outliers). GPUs widen the weights on the way.
+
+class Int8Linear(nn.Module):
+    """A linear layer for generating: weights in int8 with a scale per output, a quarter of fp32's bytes to read.
+
+    On CPUs that multiply int8 by int8 fast, each token's activations are rounded to int8 too, with a scale per token
+    (LLM.int8's vector-wise scheme, Dettmers et al. 2022, without its outliers). Other CPUs multiply activations in bfloat16
+    by weights that they convert on the way; GPUs convert the weights first.
     """
 
     weight: torch.Tensor  # (out, in), int8
@@ -335,7 +346,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8), persistent=False)
+        weight = (weight / scale[:, None]).round().to(torch.int8)
+        self.round_activations = weight.device.type == 'cpu' and fast_int8()
+        self.padding = 0 if weight.is_cuda or self.round_activations else -weight.size(1) % 32  # rows of _weight_int8pack_mm are whole vectors
+        self.register_buffer('weight', F.pad(weight, (0, self.padding)), persistent=False)
         self.register_buffer('scale', scale, persistent=False)
         self.bias = linear.bias
 
@@ -343,6 +357,10 @@ class Int8Linear(nn.Module):
         """x (…, in) → (…, out) in x's dtype."""
         if x.is_cuda:
             y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+        elif not self.round_activations:
+            rows = F.pad(x.flatten(0, -2).to(torch.bfloat16), (0, self.padding))
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.to(torch.bfloat16))
+            y = y.to(x.dtype).view(*x.shape[:-1], -1)
         else:
             rows = x.flatten(0, -2).float()
             scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
@@ -693,18 +711,15 @@ class GPT(nn.Module):
 
         Raises ValueError if this device has no such kind.
         """
-        device, dtype = self.transformer.wte.weight.device.type, self.transformer.wte.weight.dtype
+        device = self.transformer.wte.weight.device.type
         if kind not in (None, 'int8'):
             raise ValueError(f'quantize={kind}: expected None or int8')
         if kind and device not in ('cpu', 'cuda'):
             raise ValueError(f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there')
-        packs = device == 'cpu' and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
-        if packs and dtype == torch.bfloat16:
-            packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         for parent in [m for m in self.modules() if not isinstance(m, nn.Linear)]:
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and (kind or packs):
-                    setattr(parent, name, Int8Linear(child) if kind else PackedLinear(child))
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child) if kind else packed(child))
         return self
 
 

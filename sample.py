@@ -10,10 +10,13 @@ The first sample streams to the terminal while it is written; all samples are wr
 dice, so that sample i is the same whatever --num_samples is.
 """
 
+import copy
 import dataclasses
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,12 +26,13 @@ import threads  # before torch: it decides how torch's threads wait
 
 # isort: split
 import torch
+import torch.nn as nn
 
 import checkpoint
 from configurator import UserError, configure, run
 from dataset import song_head
 from machine import can_compile, pick_device, pick_dtype
-from model import GPT, check_sampling
+from model import GPT, Int8Linear, check_sampling, packed
 from originality import Avoid, Index, index_of
 from pretrained import from_pretrained, is_pretrained
 from tokenizer import Tokenizer, of_pretrained
@@ -68,7 +72,7 @@ class SampleConfig:
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
     threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
-    quantize: Literal['int8'] | None = None  # int8 weights: faster one text at a time on a CPU; costs a little quality
+    quantize: Literal['int8'] | None = None  # int8 weights: a quarter of float32's memory, a little less quality; a note says where it is no faster
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
     def __post_init__(self) -> None:
@@ -105,10 +109,13 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
                 raise UserError(f'init_from={config.init_from}: this is a checkpoint of ours: --out_dir={config.init_from}')
             model, tokenizer = from_pretrained(config.init_from), of_pretrained(config.init_from)
         # writing one token reads every weight once: half the bytes, twice the speed; int8 weights on a CPU want float32 beside them
-        large = model.num_params() > 20_000_000 and not config.quantize
-        dtype = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large)
         size = model.num_params()
-        model.to(device, dtype).eval().quantize(config.quantize)
+        plain = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large=size > 20_000_000)
+        dtype = torch.float32 if config.quantize and config.dtype == 'auto' and device.type == 'cpu' else plain
+        model.to(device, dtype).eval()
+        if config.quantize and not config.compile:
+            warn_if_slow(model, plain, {1, config.num_samples})
+        model.quantize(config.quantize)
         if config.compile and device.type != 'cuda':
             raise ValueError('compile=True: pays on CUDA only; leave it out')
         if config.compile and (why := can_compile(device)):
@@ -118,6 +125,40 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     kind = f'{str(dtype).removeprefix("torch.")}{f", {config.quantize} weights" if config.quantize else ""}'
     print(f'{path or config.init_from}: {size:,} parameters, {device.type}, {kind}', file=sys.stderr)
     return model, tokenizer, about
+
+
+@torch.inference_mode()
+def int8_speedup(model: GPT, dtype: torch.dtype, rows: int) -> float:
+    """The speed of the model's linear layers in int8, relative to that in `dtype`, for one token of each of `rows` texts.
+
+    Measured here and now, on layers of up to 64 million parameters: more than the caches of most machines hold.
+    """
+    sides: dict[str, list[tuple[nn.Module, torch.Tensor]]] = {'plain': [], 'int8': []}
+    parameters = 0
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and parameters < 2**26:
+            parameters += layer.weight.numel()
+            x = torch.ones(rows, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+            sides['int8'].append((Int8Linear(layer), x))
+            sides['plain'].append((packed(copy.deepcopy(layer).to(dtype)), x.to(dtype)))
+    seconds = dict.fromkeys(sides, math.inf)
+    for _ in range(5):
+        for side, layers in sides.items():
+            started = time.perf_counter()
+            for layer, x in layers:
+                y = layer(x)
+            float(y[0, 0])  # waits for a GPU
+            seconds[side] = min(seconds[side], time.perf_counter() - started)
+    return seconds['plain'] / seconds['int8']
+
+
+def warn_if_slow(model: GPT, dtype: torch.dtype, batches: set[int]) -> None:
+    """Say on stderr if quantize=int8 is hardly faster than `dtype`, or slower, for any of these numbers of texts at once."""
+    speeds = {rows: int8_speedup(model, dtype, rows) for rows in sorted(batches)}
+    slow = [f'{speed:.2f} × its speed for {rows} at once' for rows, speed in speeds.items() if speed < 1.1]
+    if slow:
+        name = str(dtype).removeprefix('torch.')
+        print(f'note: quantize=int8 saves memory, but is no faster here than {name}: {", ".join(slow)}', file=sys.stderr)
 
 
 def prompt_text(config: SampleConfig) -> str:

@@ -78,7 +78,7 @@ class ServeConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights, as in sample.py
     threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
-    quantize: Literal['int8'] | None = None  # int8 weights
+    quantize: Literal['int8'] | None = None  # int8 weights, as in sample.py
 
     def __post_init__(self) -> None:
         threads.check_threads(self.threads)
@@ -229,7 +229,7 @@ class Writer:
 
     def __init__(self, config: ServeConfig):
         same = ('out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize')
-        knobs = SampleConfig(**{name: getattr(config, name) for name in same})
+        knobs = SampleConfig(**{name: getattr(config, name) for name in same}, num_samples=min(16, config.max_batch))
         self.config = config
         # Whatever computes does so in one thread: the OpenMP threads of a second one would outnumber the cores, and where they do each
         # wait ends in sleep (one client got 205 tokens/s instead of 331)

@@ -1,0 +1,145 @@
+"""Import torch with threads that suit this machine: how many compute on a CPU, and how they wait for one another.
+
+Every script imports this module before torch, because OpenMP reads its waiting policy once, when torch loads it. Waiting
+threads either spin, which is faster while each has a core to itself, or sleep, which is up to four times faster while
+other programs need the cores (measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs are
+idle now. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment override it, and OMP_NUM_THREADS sets the number of threads.
+"""
+
+import math
+import os
+import sys
+import time
+
+POLICY_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
+
+
+def read(path: str) -> str:
+    """The file's text without surrounding blanks, or '' if it cannot be read."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return f.read().strip()
+    except OSError:
+        return ''
+
+
+def usable_cpus() -> set[int]:
+    """The logical CPUs that this process may run on."""
+    if hasattr(os, 'sched_getaffinity'):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: str = '/') -> float:
+    """CPUs that this process's control groups (a container's limit, say) let it use at once; infinity without a limit.
+
+    Reads cgroup versions 1 and 2 below `root`. A group's limit holds for the groups inside it, so all of them count.
+    """
+    quota = math.inf
+    names: tuple[str, ...]
+    for line in read(os.path.join(root, 'proc/self/cgroup')).splitlines():
+        _, controllers, path = line.split(':', 2)
+        if controllers == '':  # version 2
+            mount, names = 'sys/fs/cgroup', ('cpu.max',)
+        elif 'cpu' in controllers.split(','):
+            mount, names = 'sys/fs/cgroup/cpu', ('cpu.cfs_quota_us', 'cpu.cfs_period_us')
+        else:
+            continue
+        folders = path.strip('/').split('/')
+        for depth in range(len(folders) + 1):
+            folder = os.path.join(root, mount, *folders[:depth])
+            values = ' '.join(read(os.path.join(folder, name)) for name in names).split()
+            if len(values) == 2 and values[0] not in ('max', '-1'):
+                quota = min(quota, int(values[0]) / int(values[1]))
+    return quota
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, within its CPU quota. Where the system names no cores, logical CPUs count."""
+    siblings = '/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
+    cores = {read(siblings.format(cpu)) or str(cpu) for cpu in usable_cpus()}
+    return max(1, math.ceil(min(len(cores), cpu_quota())))
+
+
+def idle_cpus(seconds: float = 0.1) -> float:
+    """How many of this process's logical CPUs are idle, by the kernel's counters over `seconds`, else by the load average."""
+    cpus = usable_cpus()
+
+    def idle_and_total() -> tuple[int, int]:
+        rows = [line.split() for line in read('/proc/stat').splitlines()]
+        mine = [[int(n) for n in row[1:9]] for row in rows if row[0][:3] == 'cpu' and row[0][3:].isdigit() and int(row[0][3:]) in cpus]
+        return sum(row[3] + row[4] for row in mine), sum(map(sum, mine))  # idle, and idle with a disk to wait for
+
+    before = idle_and_total()
+    time.sleep(seconds)
+    after = idle_and_total()
+    if after[1] > before[1]:
+        return len(cpus) * (after[0] - before[0]) / (after[1] - before[1])
+    if hasattr(os, 'getloadavg'):  # macOS
+        return max(0.0, len(cpus) - os.getloadavg()[0])
+    return len(cpus)
+
+
+def choose_waiting() -> tuple[dict[str, str], str]:
+    """How OpenMP's threads should wait from now on: the variables to set before torch is loaded, and the choice in words.
+
+    Without variables they spin: 300,000 rounds with GNU's library, 200 ms with LLVM's and Intel's.
+    """
+    for name in POLICY_VARIABLES:
+        if name in os.environ:
+            return {}, f'wait by {name}={os.environ[name]}'
+    asked = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]  # may be a list, for nested regions
+    threads = int(asked) if asked.isdigit() else usable_cores()
+    threads *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # of all processes that torchrun started here
+    if threads == 1:
+        return {}, ''
+    cpus = min(len(usable_cpus()), cpu_quota())
+    idle = min(idle_cpus(), cpus)
+    found = f'while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
+    if idle > threads - 0.5:
+        return {}, f'spin {found}'
+    return {'OMP_WAIT_POLICY': 'PASSIVE'}, f'sleep {found}'
+
+
+def import_torch() -> str:
+    """Load torch with the waiting policy of this moment, and no more threads than usable cores; returns the policy in words."""
+    if 'torch' in sys.modules:  # somebody else's choice
+        return ''
+    variables, policy = choose_waiting()
+    os.environ |= variables
+    import torch
+
+    for name in variables:  # they have done their work: a script that this one starts chooses for itself
+        del os.environ[name]
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    return policy
+
+
+WAITING = import_torch()
+
+
+def check_threads(threads: int | str) -> None:
+    """Raises ValueError for a number of threads that cannot be meant."""
+    if threads != 'auto' and not 1 <= int(threads) <= 1024:
+        raise ValueError(f'threads={threads}: expected auto, or 1 to 1024')
+
+
+def set_threads(threads: int | str = 'auto') -> int:
+    """Compute with this many threads from now on, or ('auto') with as many as now; returns the number."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads() if threads == 'auto' else int(threads))
+    return torch.get_num_threads()
+
+
+def describe_threads() -> str:
+    """The number of threads and how they wait, for a log: 2 threads that spin while waiting (2.0 of 2 CPUs idle)."""
+    import torch
+
+    number, cores = torch.get_num_threads(), usable_cores()
+    if number == 1:
+        return '1 thread'
+    if number > cores:  # a resumed run keeps its threads on fewer cores, too
+        return f'{number} threads on {cores} usable core' + ('s' if cores > 1 else '')
+    return f'{number} threads' + (f' that {WAITING}' if WAITING else '')
