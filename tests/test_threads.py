@@ -166,8 +166,8 @@ def test_other_numbers_of_processes_do_not_keep_the_threads(chars, tmp_path, thr
 
 def test_resume_is_exact_whatever_the_load(chars, tmp_path):
     """A run of 20 steps, and one that was stopped at 10 and resumed with threads that wait in another way, on fewer CPUs."""
-    words = ['train.py', *(f'--{k}={v}' for k, v in vars(tiny(chars, tmp_path, '--threads=2', '--lr_decay_iters=20')).items() if k not in ('given', 'out_dir', 'max_iters'))]
-    words = [word for word in words if not word.endswith('=None')]
+    options = vars(tiny(chars, tmp_path, '--threads=2', '--lr_decay_iters=20'))
+    words = ['train.py', *(f'--{k}={v}' for k, v in options.items() if v is not None and k not in ('given', 'out_dir', 'max_iters'))]
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     assert 'done' in script(*words, f'--out_dir={whole}', '--max_iters=20', OMP_WAIT_POLICY='ACTIVE').stdout
     assert 'done' in script(*words, f'--out_dir={parts}', '--max_iters=10', OMP_WAIT_POLICY='ACTIVE').stdout
