@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-long docs-check notebooks install install-dev lint clean
+.PHONY: demo test test-long gpu-check docs-check notebooks install install-dev lint clean
 
 demo: install
 	$(BIN)/python data/darklyrics/prepare.py
@@ -14,6 +14,9 @@ test: install-dev
 
 test-long: install-dev
 	$(BIN)/python -m pytest -q -m long
+
+gpu-check:  # installs nothing; make gpu-check ARGS=--device=cpu
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py $(ARGS)
 
 docs-check: install-dev  # runs every block of every page: minutes; make test runs the quick ones
 	$(BIN)/python docs/validation/check_docs.py

@@ -141,7 +141,7 @@ if '--device=cpu' not in words:
 
 OURS_SAMPLE = """
 import sample, torch
-from machine import matmul_ceiling, pick_device
+from machine import copy_bandwidth, pick_device
 from model import GPT, GPTConfig
 torch.manual_seed(1337)
 device = pick_device(device)
@@ -157,13 +157,7 @@ t = time.perf_counter()
 written = torch.stack(list(model.generate([prompt] * batch, tokens, **options))).tolist()
 speed = batch * len(written) / (time.perf_counter() - t)
 result = {'tokens_per_s': speed, 'weights_read_gb_per_s': speed / batch * read / 1e9}
-if device.type == 'cuda':
-    a = torch.empty(2**30, dtype=torch.uint8, device=device); b = torch.empty_like(a)
-    for i in range(12):
-        if i == 2: torch.cuda.synchronize(); t = time.perf_counter()
-        b.copy_(a)
-    torch.cuda.synchronize()
-    result['share_of_bandwidth'] = result['weights_read_gb_per_s'] / (2 * 10 * 2**30 / (time.perf_counter() - t) / 1e9)
+result['share_of_bandwidth'] = result['weights_read_gb_per_s'] / (copy_bandwidth(device) / 1e9)
 """
 
 PEER_SAMPLE = """
@@ -233,7 +227,7 @@ result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradient
 
 OURS_SAVE = """
 import os, tempfile, statistics
-import torch
+import threads, torch
 import checkpoint
 from machine import keep_freed_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
@@ -275,15 +269,11 @@ result = {'step_s': usual, 'checkpoint_mb': size / 1e6, 'training_thread_held_s_
 """
 
 CEILING = """
-import torch
-from machine import matmul_ceiling, pick_device
+import threads, torch
+from machine import copy_bandwidth, matmul_ceiling, pick_device
 device = pick_device(device)
 result = {f'{name}_gflop_per_s': matmul_ceiling(device, getattr(torch, name)) / 1e9 for name in ('float32', 'bfloat16')}
-a = torch.ones(2**28 if device.type == 'cuda' else 2**26, device=device); b = torch.zeros_like(a)
-best = 0.0
-for _ in range(5):
-    t = time.perf_counter(); b.copy_(a); float(b[0]); best = max(best, 2 * a.numel() * 4 / (time.perf_counter() - t))
-result['copy_gb_per_s'] = best / 1e9
+result['copy_gb_per_s'] = copy_bandwidth(device) / 1e9
 """
 
 BATCH_TIME = """

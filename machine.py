@@ -190,17 +190,30 @@ def environment(device: torch.device) -> dict[str, Any]:
     return told
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here and now, the ceiling that `mfu` is a share of; takes about a tenth of a second."""
-    n = 4096 if device.type == 'cuda' else 768
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+def best_seconds(work: Callable[[], torch.Tensor], rounds: int = 3, enough: float = 0.05) -> float:
+    """Seconds that the device takes for one `work()`, which returns a tensor: the best round, each of about `enough` seconds or more."""
 
     def seconds(times: int) -> float:
-        start = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(times):
-            c = a @ b
-        float(c[0, 0])  # waits for the device
-        return time.perf_counter() - start
+            result = work()
+        float(result.flatten()[0])  # waits for the device
+        return (time.perf_counter() - started) / times
 
     seconds(2)
-    return 2 * n**3 * 5 / min(seconds(5) for _ in range(3))
+    times = max(1, math.ceil(enough / seconds(2)))
+    return min(seconds(times) for _ in range(rounds))
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here and now, the peak that `mfu` is a share of; takes about a fifth of a second."""
+    n = 4096 if device.type == 'cuda' else 768
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / best_seconds(lambda: a @ b)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that memory moves here and now, read and written, by copies that no cache holds."""
+    a = torch.ones(2**30 if device.type == 'cuda' else 2**28, dtype=torch.uint8, device=device)
+    b = torch.zeros_like(a)
+    return 2 * a.numel() / best_seconds(lambda: b.copy_(a))

@@ -393,7 +393,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 keep = (target >= 0).float()
                 log_p = F.log_softmax(part @ w.t(), dim=-1, dtype=torch.float32)
                 target = target.clamp(min=0)[:, None]
-                loss -= log_p.gather(1, target)[:, 0] @ keep
+                loss = loss - log_p.gather(1, target)[:, 0] @ keep  # not in place: compiled by torch 2.11, all gradients would be zero
                 if dx is not None and dw is not None:
                     grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(keep[:, None]).to(dtype)
                     del log_p  # the largest tensor of all

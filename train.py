@@ -357,7 +357,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         losses = [torch.tensor(loss if main else 0.0, device=device) for loss in state.get('losses', [])]
     del state
     if compiled and not why:
-        why = cannot_compile(model if fsdp else torch.compile(model), load_batch(step, 0), autocast)
+        why = cannot_compile(model if fsdp else torch.compile(model), None if fsdp else model, load_batch(step, 0), autocast)
         if why and fsdp:
             for block in model.transformer.h:
                 block._compiled_call_impl = None
@@ -778,16 +778,33 @@ def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> Non
     loss.backward()
 
 
-def cannot_compile(model: Any, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
-    """Compile a `torch.compile`d model by a pass over a batch like those to come. '' if that works, else the first line of why not."""
+def gradient_norm(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> float:
+    """The norm of a sequence's gradient, its tokens' losses added up, over B equal sequences x and y (B, T). No gradients are kept."""
     try:
-        one_pass(model, *batch, autocast)
+        with autocast:
+            loss = model(x, y) * y.numel()  # as a mean, much of it would be below float16's smallest number
+        loss.backward()
+        return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])) / len(y)
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def cannot_compile(compiled: Any, eager: GPT | None, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
+    """Compile a `torch.compile`d model by a pass over a batch like those to come. '' if it works, else one line that says why not.
+
+    A compiler's mistake can go unnoticed: torch 2.11 once gave this model gradients of zero. So the gradient's norm is compared
+    with that of the `eager` model, if given: over one sequence, which the compiled model gets as often as a batch is large.
+    """
+    x, y = (ids[:1].expand_as(ids).contiguous() for ids in batch)
+    try:
+        expected = None if eager is None else gradient_norm(eager, x[:1], y[:1], autocast)
+        found = gradient_norm(compiled, x, y, autocast)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's errors have no common class
         return f'compiling failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}'
-    finally:
-        model.zero_grad(set_to_none=True)
+    if expected is not None and not expected / 2 < found < expected * 2:  # dropout draws other numbers for each
+        return f'compiled gradients are wrong: a norm of {found:.3g} instead of {expected:.3g}'
     return ''
 
 

@@ -362,6 +362,26 @@ def test_compiled_training(chars, tmp_path):
     assert not any(k.startswith('_orig_mod') for k in torch.load(tmp_path / 'compiled' / 'ckpt.pt', weights_only=True)['model'])
 
 
+def test_wrong_compiled_gradients_are_noticed(chars, tmp_path, monkeypatch):
+    """A compiler that drops the gradient, as torch 2.11 did, must not train."""
+
+    class Wrong(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            return 0 * self.model(x, y)
+
+    train(tiny(chars, tmp_path / 'eager', '--max_iters=4', '--log_interval=1'))
+    monkeypatch.setattr(torch, 'compile', Wrong)
+    monkeypatch.setattr('train.can_compile', lambda device: '')
+    train(tiny(chars, tmp_path / 'wrong', '--max_iters=4', '--log_interval=1', '--compile=True'))
+    assert 'eager (compiled gradients are wrong: a norm of 0 instead of ' in (tmp_path / 'wrong' / 'train.log').read_text(encoding='utf-8')
+    a, b = ([float(r['train_loss']) for r in rows(tmp_path / name) if r['train_loss']] for name in ('eager', 'wrong'))
+    assert a == b
+
+
 def test_no_compiler_falls_back(chars, tmp_path):
     done = script(*command(chars, tmp_path, '--max_iters=2', '--compile=True'), PATH='/nonexistent', CXX='/nonexistent/g++')
     assert done.returncode == 0 and 'eager (no C++ compiler found)' in done.stdout, done.stdout + done.stderr
