@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def cpu_reference(check: Check) -> str:
     return f'loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {STEPS}'
 
 
-def training(check: Check, dtype: str, compiled: bool, *options: str) -> str:
+def training(check: Check, dtype: str, compiled: bool = False, parallel: str = 'ddp') -> str:
     """Train as the CPU reference did, and compare the losses of all steps."""
     expected, device = check.reference(), check.device
     if dtype == 'float16' and device.type != 'cuda':
@@ -153,7 +154,8 @@ def training(check: Check, dtype: str, compiled: bool, *options: str) -> str:
     if compiled and can_compile(device):
         raise NotHere(can_compile(device))
     allowed = 0.02 if dtype == 'float32' else 0.05  # TF32 and bfloat16 round at every product, and steps add up
-    losses = check.losses('-'.join(['run', dtype, str(compiled), *options]), f'--dtype={dtype}', f'--compile={compiled}', *options)
+    options = (f'--dtype={dtype}', f'--compile={compiled}', f'--parallel={parallel}')
+    losses = check.losses(''.join(options), *options)
     worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     said = f'loss {losses[-1]:.4f}; off by {worst:.4f} at most ({allowed} allowed)'
     if not worst <= allowed:
@@ -256,8 +258,8 @@ def figures(measure: Callable[..., None], config: bench.BenchConfig, check: Chec
 
 def measured(check: Check, **options: Any) -> bench.BenchConfig:
     """bench.py's options for one round: GPT-2's size on a GPU, nanoGPT's small one on a CPU."""
-    size: Any = 'small' if check.device.type == 'cpu' else 'gpt2'
-    return bench.BenchConfig(rounds=1, size=size, device=check.config.device, **options)
+    small: dict[str, Any] = {'size': 'small', 'batch': 1} if check.device.type == 'cpu' else {}
+    return bench.BenchConfig(rounds=1, device=check.config.device, **small, **options)
 
 
 def size_name(check: Check) -> str:
@@ -290,7 +292,7 @@ def time_to_loss(check: Check) -> str:
     return said
 
 
-def decoding_speed(check: Check, compiled: bool, quantize: Any = None) -> str:
+def decoding_speed(check: Check, compiled: bool = False, quantize: Any = None) -> str:
     """One text at a time: tokens a second, and the weights read as a share of the measured memory bandwidth."""
     if compiled and (check.device.type != 'cuda' or can_compile(check.device)):
         raise NotHere(can_compile(check.device) if check.device.type == 'cuda' else 'generation is compiled on CUDA only')
@@ -299,23 +301,28 @@ def decoding_speed(check: Check, compiled: bool, quantize: Any = None) -> str:
     return f'{size_name(check)}: {found["tokens_per_s"]:,.0f} tokens/s, {100 * found["share_of_bandwidth"]:.0f}% of the measured memory bandwidth'
 
 
-# name, work, and the seconds that it may take
-ROWS: list[tuple[str, Callable[[Check], str], float]] = [
+Work = Callable[[Check], str]
+# name, work, and the seconds that it may take; the work is a function that another process can find by its name
+ROWS: list[tuple[str, Work, float]] = [
     ('environment', environment, 60),
     ('CPU reference', cpu_reference, 60),
-    *((f'train {dtype} eager', lambda c, dtype=dtype: training(c, dtype, False), 60) for dtype in ('float32', 'bfloat16', 'float16')),
-    *((f'train {dtype} compiled', lambda c, dtype=dtype: training(c, dtype, True), 120) for dtype in ('float32', 'bfloat16', 'float16')),
-    ('resume, byte for byte', exact_resume, 60),
+    ('train float32 eager', partial(training, dtype='float32'), 60),
+    ('train bfloat16 eager', partial(training, dtype='bfloat16'), 60),
+    ('train float16 eager', partial(training, dtype='float16'), 60),
+    ('train float32 compiled', partial(training, dtype='float32', compiled=True), 120),
+    ('train bfloat16 compiled', partial(training, dtype='bfloat16', compiled=True), 120),
+    ('train float16 compiled', partial(training, dtype='float16', compiled=True), 120),
+    ('resume byte for byte', exact_resume, 60),
     ('generate eager', generate, 60),
-    ('generate compiled', lambda c: generate(c, compiled=True), 120),
-    ('generate int8', lambda c: generate(c, quantize='int8'), 60),
+    ('generate compiled', partial(generate, compiled=True), 120),
+    ('generate int8', partial(generate, quantize='int8'), 60),
     ('server: batch invariance', batch_invariance, 60),
-    ('FSDP2 on one device', lambda c: training(c, 'float32', False, '--parallel=fsdp'), 60),
+    ('FSDP2 on one device', partial(training, dtype='float32', parallel='fsdp'), 60),
     ('speed: training', training_speed, 150),
     ('speed: Tiny Shakespeare', time_to_loss, 150),
-    ('speed: decoding compiled', lambda c: decoding_speed(c, True), 120),
-    ('speed: decoding eager', lambda c: decoding_speed(c, False), 60),
-    ('speed: decoding compiled int8', lambda c: decoding_speed(c, True, 'int8'), 120),
+    ('speed: decoding compiled', partial(decoding_speed, compiled=True), 120),
+    ('speed: decoding eager', decoding_speed, 60),
+    ('speed: decoding compiled int8', partial(decoding_speed, compiled=True, quantize='int8'), 120),
 ]
 
 
@@ -324,13 +331,15 @@ ROWS: list[tuple[str, Callable[[Check], str], float]] = [
 
 
 def work(connection: Connection, check: Check, log: str) -> None:
-    """The process that runs rows: gets their numbers, gives back status and text. What they print goes into the log."""
+    """The process that runs rows: gets their names and work, gives back status and text. What they print goes into the log."""
     os.setsid()  # the processes that a row starts are ended with this one
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    while (number := connection.recv()) is not None:
-        name, row, _ = ROWS[number]
+    while True:
+        name, row = connection.recv()
+        if row is None:
+            return
         print(f'\n=== {name}', flush=True)
         try:
             answer = 'ok', row(check)
@@ -351,8 +360,8 @@ class Worker:
         self.check, self.log = check, log
         self.process: Any = None
 
-    def run(self, number: int, seconds: float) -> tuple[str, str]:
-        """Status and text of a row of ROWS that may take so many seconds."""
+    def run(self, name: str, row: Work, seconds: float) -> tuple[str, str]:
+        """Status and text of a row that may take so many seconds."""
         if self.process is None:
             context = multiprocessing.get_context('spawn')
             self.connection, theirs = context.Pipe()
@@ -360,7 +369,7 @@ class Worker:
             self.process.start()
             theirs.close()
         try:
-            self.connection.send(number)
+            self.connection.send((name, row))
             if self.connection.poll(seconds):
                 answer = self.connection.recv()
             else:
@@ -384,7 +393,7 @@ class Worker:
         """Let the process end."""
         if self.process is not None:
             with contextlib.suppress(OSError):
-                self.connection.send(None)
+                self.connection.send(('', None))
             self.process.join(5)
             self.kill()
 
@@ -396,10 +405,11 @@ def main() -> None:
         device = pick_device(config.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    chosen = [i for i, (name, _, _) in enumerate(ROWS) if config.rows is None or any(name.startswith(start) for start in config.rows)]
+    chosen = [row for row in ROWS if config.rows is None or row[0].startswith(tuple(config.rows))]
     if not chosen:
-        raise UserError(f'rows={",".join(config.rows or [])}: no such rows; there are: {", ".join(name for name, _, _ in ROWS)}')
+        raise UserError(f'rows={",".join(config.rows or [])}: no row begins so; there are: {", ".join(name for name, _, _ in ROWS)}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is deterministic with it
+    sys.warnoptions.append('ignore:resource_tracker:UserWarning')  # a process that is killed cleans nothing up, as expected
     os.makedirs(config.out_dir, exist_ok=True)
     table_path, log = (os.path.join(config.out_dir, name) for name in ('table.txt', 'log.txt'))
     for path in (table_path, log):
@@ -416,14 +426,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix='lyregpt-', ignore_cleanup_errors=True) as folder:
         worker = Worker(Check(config, folder), log)
         try:
-            for number in chosen:
-                name, _, limit = ROWS[number]
+            for name, row, limit in chosen:
                 began = time.monotonic()
                 left = started + 60 * config.minutes - began
                 if left < 5:
                     status, text = 'not run', f'the {config.minutes:g} minutes are over'
                 else:
-                    status, text = worker.run(number, min(limit, left))
+                    status, text = worker.run(name, row, min(limit, left))
                 counts[status] = counts.get(status, 0) + 1
                 say(f'{name:<30}{status:<9}{time.monotonic() - began:>8.1f}  {text}')
         finally:
