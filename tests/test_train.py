@@ -115,6 +115,7 @@ def test_a_signal_saves_and_resumes(chars, tmp_path, number, status):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup SIGHUP would be ignored
     )
     for line in process.stdout:
         if line.startswith('step 10'):
