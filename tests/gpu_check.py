@@ -318,7 +318,7 @@ ROWS: list[tuple[str, Work, float]] = [
     ('generate int8', partial(generate, quantize='int8'), 60),
     ('server: batch invariance', batch_invariance, 60),
     ('FSDP2 on one device', partial(training, dtype='float32', parallel='fsdp'), 60),
-    ('speed: training', training_speed, 150),
+    ('speed: training', training_speed, 240),
     ('speed: Tiny Shakespeare', time_to_loss, 150),
     ('speed: decoding compiled', partial(decoding_speed, compiled=True), 120),
     ('speed: decoding eager', decoding_speed, 60),
@@ -332,7 +332,8 @@ ROWS: list[tuple[str, Work, float]] = [
 
 def work(connection: Connection, check: Check, log: str) -> None:
     """The process that runs rows: gets their names and work, gives back status and text. What they print goes into the log."""
-    os.setsid()  # the processes that a row starts are ended with this one
+    if hasattr(os, 'setsid'):  # not on Windows
+        os.setsid()  # the processes that a row starts are ended with this one
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -383,8 +384,9 @@ class Worker:
 
     def kill(self) -> None:
         """End the process, and those that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if hasattr(os, 'killpg'):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
         self.process = None
