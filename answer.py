@@ -240,7 +240,7 @@ def train(config: AnswerConfig) -> dict[str, Any]:
             checkpoint.set_aside_damaged(config.out_dir, path)
         names = {f.name for f in dataclasses.fields(AnswerConfig)} - set_now - set(OF_NOW)
         config = dataclasses.replace(config, **{k: v for k, v in state['config'].items() if k in names})
-    config = dataclasses.replace(config, threads=threads.set_threads(config.threads))
+    n_threads = threads.set_threads(config.threads)
     pairs = read_pairs(config.input or [DEMO], seed=config.seed, text_field=config.text_field)
     tokenizer = from_state(state['tokenizer']) if state else BPETokenizer.train((line for pair in pairs['train'] for line in pair), config.vocab_size)
     eot = tokenizer.eot or 0
@@ -314,7 +314,7 @@ def train(config: AnswerConfig) -> dict[str, Any]:
             'model_args': model.config.to_dict(),
             'iter_num': step,
             'best_val_loss': best_val_loss,
-            'config': dataclasses.asdict(config),
+            'config': dataclasses.asdict(config) | {'threads': n_threads},
             'tokenizer': tokenizer.state(),
             'meta': {'bytes_per_token': ratio},
             'pairs': digest,
@@ -415,6 +415,7 @@ def main() -> None:
         raise UserError('line is empty: give a line to answer, as in --line="The rain came down", or leave it out to train')
     if config.eval_only or config.init_from == 'resume':
         raise UserError(f'--line answers with the model in {config.out_dir}, so it goes with neither --eval_only nor --init_from=resume: leave one out')
+    threads.set_threads(config.threads)
     path, state = load(config, best=True)
     try:
         model = build(state, path, dropout=0.0).to(pick_device(config.device))

@@ -691,6 +691,9 @@ def main() -> None:
     if config.compare:
         show_two(config)
         return
+    import threads  # before torch
+
+    # isort: split
     import torch
 
     from machine import matmul_ceiling, pick_device
@@ -708,7 +711,7 @@ def main() -> None:
         raise UserError('peer=transformers: serves --mode=sample only')
     batch, values = config.batch or 1, dict[str, Any]()
     table, everything = Table(lambda: matmul_ceiling(torch.device(device), torch.float32)), config.mode == 'all'
-    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {config.rounds} round{"s" * (config.rounds > 1)}')
+    print(f'torch {torch.__version__}, {device}, {threads.describe_threads()}; {config.rounds} round{"s" * (config.rounds > 1)}')
 
     try:
         if everything or config.mode == 'ceiling':

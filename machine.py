@@ -59,8 +59,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def cpu_seconds(work: Callable[[], Any], times: int = 5) -> float:
-    """The shortest time that `work()` takes on one thread, in seconds of that thread's own CPU time.
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """Seconds that `work()` takes on one thread, by that thread's own CPU time.
 
     Other programs do not add to it, so a choice that follows from it is the same on a busy machine.
     """
@@ -68,12 +68,15 @@ def cpu_seconds(work: Callable[[], Any], times: int = 5) -> float:
     torch.set_num_threads(1)
     try:
         work()  # the first call may prepare something
-        least = math.inf
-        for _ in range(times):
+        first = started = time.thread_time()
+        while started == first:
             started = time.thread_time()
+        enough = max(0.002, 5 * (started - first))  # some systems count in steps of 10 ms and more
+        times = 0
+        while time.thread_time() - started < enough:
             work()
-            least = min(least, time.thread_time() - started)
-        return least
+            times += 1
+        return (time.thread_time() - started) / times
     finally:
         torch.set_num_threads(threads)
 

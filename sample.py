@@ -72,7 +72,7 @@ class SampleConfig:
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
     threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
-    quantize: Literal['int8'] | None = None  # int8 weights: a quarter of float32's memory, a little less quality; a note says where it is no faster
+    quantize: Literal['int8'] | None = None  # int8 weights: less memory, a little less quality; a note says where it is hardly faster, or slower
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
         plain = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large=size > 20_000_000)
         dtype = torch.float32 if config.quantize and config.dtype == 'auto' and device.type == 'cpu' else plain
         model.to(device, dtype).eval()
-        if config.quantize and not config.compile:
+        if config.quantize and not config.compile and device.type in ('cpu', 'cuda'):
             warn_if_slow(model, plain, {1, config.num_samples})
         model.quantize(config.quantize)
         if config.compile and device.type != 'cuda':
@@ -158,7 +158,7 @@ def warn_if_slow(model: GPT, dtype: torch.dtype, batches: set[int]) -> None:
     slow = [f'{speed:.2f} × its speed for {rows} at once' for rows, speed in speeds.items() if speed < 1.1]
     if slow:
         name = str(dtype).removeprefix('torch.')
-        print(f'note: quantize=int8 saves memory, but is no faster here than {name}: {", ".join(slow)}', file=sys.stderr)
+        print(f'note: quantize=int8 saves memory, but is hardly faster here than {name}, or slower: {", ".join(slow)}', file=sys.stderr)
 
 
 def prompt_text(config: SampleConfig) -> str:

@@ -1,26 +1,37 @@
 """Import torch with threads that suit this machine: how many compute on a CPU, and how they wait for one another.
 
-Every script imports this module before torch, because OpenMP reads its waiting policy once, when torch loads it. Waiting
-threads either spin, which is faster while each has a core to itself, or sleep, which is up to four times faster while
-other programs need the cores (measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs are
-idle now. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment override it, and OMP_NUM_THREADS sets the number of threads.
+Every script that computes imports this module before torch, because OpenMP reads its waiting policy once, when torch loads
+it. Waiting threads either spin, which is faster while each has a core to itself, or sleep, which is up to four times faster
+while other programs need the cores (measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs
+are idle now. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment override it; OMP_NUM_THREADS sets the number of threads.
 """
 
+import contextlib
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 POLICY_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
+
+# -----------------------------------------------------------------------------
+# What this process may use
 
 
 def read(path: str) -> str:
     """The file's text without surrounding blanks, or '' if it cannot be read."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8', errors='replace') as f:
             return f.read().strip()
     except OSError:
         return ''
+
+
+def positive_number(variable: str, default: int) -> int:
+    """The environment variable's number, the first one of a list, or `default` if it holds none."""
+    text = os.environ.get(variable, '').split(',')[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else default
 
 
 def usable_cpus() -> set[int]:
@@ -36,22 +47,29 @@ def cpu_quota(root: str = '/') -> float:
     Reads cgroup versions 1 and 2 below `root`. A group's limit holds for the groups inside it, so all of them count.
     """
     quota = math.inf
-    names: tuple[str, ...]
     for line in read(os.path.join(root, 'proc/self/cgroup')).splitlines():
-        _, controllers, path = line.split(':', 2)
+        controllers, _, path = line.partition(':')[2].partition(':')
         if controllers == '':  # version 2
-            mount, names = 'sys/fs/cgroup', ('cpu.max',)
+            mounts, names = ['sys/fs/cgroup'], ['cpu.max']
         elif 'cpu' in controllers.split(','):
-            mount, names = 'sys/fs/cgroup/cpu', ('cpu.cfs_quota_us', 'cpu.cfs_period_us')
+            mounts, names = ['sys/fs/cgroup/cpu', f'sys/fs/cgroup/{controllers}'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us']
         else:
             continue
-        folders = path.strip('/').split('/')
-        for depth in range(len(folders) + 1):
-            folder = os.path.join(root, mount, *folders[:depth])
-            values = ' '.join(read(os.path.join(folder, name)) for name in names).split()
-            if len(values) == 2 and values[0] not in ('max', '-1'):
-                quota = min(quota, int(values[0]) / int(values[1]))
+        groups = path.strip('/').split('/')
+        for mount in mounts:
+            for depth in range(len(groups) + 1):
+                folder = os.path.join(root, mount, *groups[:depth])
+                quota = min(quota, group_quota([os.path.join(folder, name) for name in names]))
     return quota
+
+
+def group_quota(paths: list[str]) -> float:
+    """CPUs that one control group allows: quota ÷ period, both in microseconds, in these files; infinity if they set no limit."""
+    try:
+        quota, period = (int(word) for path in paths for word in read(path).split())
+    except ValueError:  # no such files, or "max"
+        return math.inf
+    return quota / period if quota > 0 and period > 0 else math.inf
 
 
 def usable_cores() -> int:
@@ -67,7 +85,7 @@ def idle_cpus(seconds: float = 0.1) -> float:
 
     def idle_and_total() -> tuple[int, int]:
         rows = [line.split() for line in read('/proc/stat').splitlines()]
-        mine = [[int(n) for n in row[1:9]] for row in rows if row[0][:3] == 'cpu' and row[0][3:].isdigit() and int(row[0][3:]) in cpus]
+        mine = [[int(n) for n in row[1:9]] for row in rows if row[0][:3] == 'cpu' and row[0][3:].isdecimal() and int(row[0][3:]) in cpus]
         return sum(row[3] + row[4] for row in mine), sum(map(sum, mine))  # idle, and idle with a disk to wait for
 
     before = idle_and_total()
@@ -80,6 +98,10 @@ def idle_cpus(seconds: float = 0.1) -> float:
     return len(cpus)
 
 
+# -----------------------------------------------------------------------------
+# Torch's threads
+
+
 def choose_waiting() -> tuple[dict[str, str], str]:
     """How OpenMP's threads should wait from now on: the variables to set before torch is loaded, and the choice in words.
 
@@ -88,13 +110,12 @@ def choose_waiting() -> tuple[dict[str, str], str]:
     for name in POLICY_VARIABLES:
         if name in os.environ:
             return {}, f'wait by {name}={os.environ[name]}'
-    asked = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]  # may be a list, for nested regions
-    threads = int(asked) if asked.isdigit() else usable_cores()
-    threads *= int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # of all processes that torchrun started here
+    processes = positive_number('LOCAL_WORLD_SIZE', 1)  # that torchrun started here
+    threads = processes * positive_number('OMP_NUM_THREADS', usable_cores())
     if threads == 1:
         return {}, ''
     cpus = min(len(usable_cpus()), cpu_quota())
-    idle = min(idle_cpus(), cpus)
+    idle = min(idle_cpus() + processes - 1, cpus)  # the other processes of this run are busy importing
     found = f'while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
     if idle > threads - 0.5:
         return {}, f'spin {found}'
@@ -111,7 +132,7 @@ def import_torch() -> str:
 
     for name in variables:  # they have done their work: a script that this one starts chooses for itself
         del os.environ[name]
-    if 'OMP_NUM_THREADS' not in os.environ:
+    if not positive_number('OMP_NUM_THREADS', 0):
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     return policy
 
@@ -121,11 +142,11 @@ WAITING = import_torch()
 
 def check_threads(threads: int | str) -> None:
     """Raises ValueError for a number of threads that cannot be meant."""
-    if threads != 'auto' and not 1 <= int(threads) <= 1024:
+    if threads != 'auto' and not (isinstance(threads, int) and 1 <= threads <= 1024):
         raise ValueError(f'threads={threads}: expected auto, or 1 to 1024')
 
 
-def set_threads(threads: int | str = 'auto') -> int:
+def set_threads(threads: int | str) -> int:
     """Compute with this many threads from now on, or ('auto') with as many as now; returns the number."""
     import torch
 
@@ -133,13 +154,26 @@ def set_threads(threads: int | str = 'auto') -> int:
     return torch.get_num_threads()
 
 
+@contextlib.contextmanager
+def threads_restored() -> Iterator[None]:
+    """Compute with as many threads afterwards as before, whatever was set in between."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def describe_threads() -> str:
     """The number of threads and how they wait, for a log: 2 threads that spin while waiting (2.0 of 2 CPUs idle)."""
     import torch
 
     number, cores = torch.get_num_threads(), usable_cores()
-    if number == 1:
-        return '1 thread'
-    if number > cores:  # a resumed run keeps its threads on fewer cores, too
-        return f'{number} threads on {cores} usable core' + ('s' if cores > 1 else '')
-    return f'{number} threads' + (f' that {WAITING}' if WAITING else '')
+    text = f'{number} thread' + ('s' if number > 1 else '')
+    if number != cores:
+        text += f' on {cores} usable core' + ('s' if cores > 1 else '')
+    if number > 1 and WAITING:
+        text += f' that {WAITING}'
+    return text

@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -43,7 +44,7 @@ from configurator import UserError, configure, run  # noqa: E402
 from dataset import split_text, write_dataset  # noqa: E402
 from engine import Engine, Row  # noqa: E402
 from machine import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
-from model import GPT  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 
@@ -95,6 +96,11 @@ class Check:
         out_dir = os.path.join(self.folder, name)
         words = [*SMALL, f'--dataset={self.folder}/data', f'--out_dir={out_dir}', f'--device={device or self.config.device}', *options]
         train(configure(TrainConfig, words))
+        if '--compile=True' in options:
+            with open(os.path.join(out_dir, 'train.log'), encoding='utf-8') as f:
+                machine = next(line for line in f if line.startswith('machine:'))
+            if ', compiled' not in machine:
+                raise Failed(f'it was not compiled: {machine.strip()}')
         with open(os.path.join(out_dir, 'metrics.csv'), encoding='utf-8') as f:
             return [float(row['train_loss']) for row in csv.DictReader(f) if row['train_loss']]
 
@@ -151,6 +157,8 @@ def training(check: Check, dtype: str, compiled: bool = False, parallel: str = '
     expected, device = check.reference(), check.device
     if dtype == 'float16' and device.type != 'cuda':
         raise NotHere('float16 is trained on CUDA only')
+    if parallel == 'fsdp' and device.type not in ('cpu', 'cuda'):
+        raise NotHere('FSDP2 works on cpu and cuda')
     if compiled and can_compile(device):
         raise NotHere(can_compile(device))
     allowed = 0.02 if dtype == 'float32' else 0.05  # TF32 and bfloat16 round at every product, and steps add up
@@ -195,6 +203,8 @@ def flat(state: Any, name: str = '') -> dict[str, torch.Tensor]:
 def generate(check: Check, compiled: bool = False, quantize: str | None = None) -> str:
     """Greedy and drawn tokens, and the logits along the CPU's text, in float32 against the CPU's (int8: logits alone must be close)."""
     check.reference()
+    if quantize and check.device.type not in ('cpu', 'cuda'):
+        raise NotHere('int8 works on cpu and cuda')
     if compiled and can_compile(check.device):
         raise NotHere(can_compile(check.device))
     torch.set_float32_matmul_precision('highest')
@@ -216,11 +226,13 @@ def generate(check: Check, compiled: bool = False, quantize: str | None = None) 
 
 
 def batch_invariance(check: Check) -> str:
-    """The server's engine: what it generates for a seeded request does not depend on the requests beside it."""
+    """The server's engine: what it generates for a seeded request does not depend on the requests beside it (random weights)."""
     check.reference()
-    model, tokenizer = check.load(check.device)
+    _, tokenizer = check.load(torch.device('cpu'))
     dtype = pick_dtype('auto', check.device)
-    model = model.to(dtype).quantize()  # as serve.py has it: with packed weights on a CPU
+    torch.manual_seed(1)
+    shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=tokenizer.vocab_size)  # a context of several key blocks
+    model = GPT(shape).to(check.device, dtype).eval().quantize()  # as serve.py has it: with packed weights on a CPU
 
     def generated(number: int, rows: list[Row]) -> list[list[int]]:
         done: set[int] = set()
@@ -232,7 +244,7 @@ def batch_invariance(check: Check) -> str:
         return [row.written for row in rows]
 
     def request(i: int) -> Row:
-        return Row([1 + i % 5] * (1 + 3 * i), max_tokens=40 + i, temperature=(0.0, 1.0)[i % 2], seed=i)
+        return Row([1 + i % 5] * (1 + 15 * i), max_tokens=40 + i, temperature=(0.0, 1.0)[i % 2], seed=i)
 
     together = generated(12, [request(i) for i in range(12)])
     alone = [generated(1, [request(i)])[0] for i in range(12)]
@@ -251,7 +263,12 @@ def figures(measure: Callable[..., None], config: bench.BenchConfig, check: Chec
     """What a measurement of bench.py found, by the last word of each figure's name and by side (ours, peer)."""
     device = check.device
     table = bench.Table(lambda: matmul_ceiling(device, torch.float32))
-    measure(table, config, str(device), *more)
+    try:
+        measure(table, config, str(device), *more)
+    except UserError:
+        if not any(name.endswith('tokens_per_s') for name in table.figures):
+            raise
+        traceback.print_exc()  # the peer failed: ours are worth showing
     table.show()
     return {name.split()[-1]: {side: statistics.median(values) for side, values in sides.items()} for name, sides in table.figures.items()}
 
@@ -275,6 +292,8 @@ def training_speed(check: Check) -> str:
     if 'peer' in found['tokens_per_s']:
         peer = found['tokens_per_s']['peer']
         said += f'; nanoGPT {peer:,.0f} tokens/s, a ratio of {found["tokens_per_s"]["ours"] / peer:.2f}'
+    elif check.config.peer:
+        said += '; nanoGPT failed: see the log'
     return f'{size_name(check)}: {said}'
 
 
@@ -334,6 +353,16 @@ def work(connection: Connection, check: Check, log: str) -> None:
     """The process that runs rows: gets their names and work, gives back status and text. What they print goes into the log."""
     if hasattr(os, 'setsid'):  # not on Windows
         os.setsid()  # the processes that a row starts are ended with this one
+    parent = os.getppid()
+
+    def watch() -> None:
+        """End this process and its own when the one that started it is gone: nobody would end a row that hangs."""
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    if hasattr(os, 'killpg'):
+        threading.Thread(target=watch, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -407,9 +436,14 @@ def main() -> None:
         device = pick_device(config.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    chosen = [row for row in ROWS if config.rows is None or row[0].startswith(tuple(config.rows))]
-    if not chosen:
+    wanted = None if config.rows is None else (*config.rows, 'CPU reference')  # which the others compare with
+    chosen = [row for row in ROWS if wanted is None or row[0].startswith(wanted)]
+    if config.rows and not any(row[0].startswith(tuple(config.rows)) for row in ROWS):
         raise UserError(f'rows={",".join(config.rows or [])}: no row begins so; there are: {", ".join(name for name, _, _ in ROWS)}')
+    if config.peer and not os.path.isfile(os.path.join(config.peer, 'train.py')):
+        raise UserError(f'peer={config.peer}: not a nanoGPT checkout (it has no train.py)')
+    for number in (getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # the worker is ended, too
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is deterministic with it
     sys.warnoptions.append('ignore:resource_tracker:UserWarning')  # a process that is killed cleans nothing up, as expected
     os.makedirs(config.out_dir, exist_ok=True)
@@ -435,6 +469,8 @@ def main() -> None:
                     status, text = 'not run', f'the {config.minutes:g} minutes are over'
                 else:
                     status, text = worker.run(name, row, min(limit, left))
+                    if status == 'TIMEOUT' and left < limit:
+                        status, text = 'not run', f'the {config.minutes:g} minutes ended while it ran'
                 counts[status] = counts.get(status, 0) + 1
                 say(f'{name:<30}{status:<9}{time.monotonic() - began:>8.1f}  {text}')
         finally:

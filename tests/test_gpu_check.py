@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch
 import machine
 import train as trainer
 from model import Int8Linear
-from tests.conftest import script
-from tests.gpu_check import ROWS, Check, CheckConfig, Failed, NotHere, Worker
+from tests.conftest import ROOT, script
+from tests.gpu_check import ROWS, Check, CheckConfig, Failed, NotHere, Worker, cpu_reference, training
 
 # A sitecustomize.py that hides all packages but those that the check may need, and what they need themselves
 HIDE = """
@@ -118,6 +119,31 @@ def test_no_failure_stops_the_check(tmp_path):
     finally:
         worker.close()
     assert 'illegal memory access' in (tmp_path / 'log.txt').read_text()
+
+
+def test_what_was_not_compiled_is_no_compiled_row(tmp_path, monkeypatch):
+    check = Check(CheckConfig(device='cpu'), str(tmp_path))
+    cpu_reference(check)
+    monkeypatch.setattr(trainer, 'can_compile', lambda device: 'no compiler today')
+    monkeypatch.setattr('tests.gpu_check.can_compile', lambda device: '')
+    with pytest.raises(Failed, match='it was not compiled: machine: .*no compiler today'):
+        training(check, 'float32', compiled=True)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs Linux')
+def test_the_worker_ends_with_the_check(tmp_path):
+    words = ['tests/gpu_check.py', '--device=cpu', f'--out_dir={tmp_path}']
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    while not process.stdout.readline().startswith('environment'):
+        pass
+    workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    process.terminate()
+    assert process.wait(20) == 143
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f'/proc/{worker}') for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers and not any(os.path.exists(f'/proc/{worker}') for worker in workers)
 
 
 def test_without_a_gpu_one_line():

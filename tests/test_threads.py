@@ -1,6 +1,7 @@
 """Threads and number formats follow the machine: quotas, idle CPUs, and what it multiplies fast."""
 
 import ast
+import json
 import math
 import os
 import platform
@@ -61,6 +62,19 @@ def test_quota_of_control_groups_version_1(tmp_path):
     assert threads.cpu_quota(str(tmp_path)) == 1.5
 
 
+@pytest.mark.parametrize('text', ['', 'max', 'max 100000', 'lots 100000', '100000', '100000 0', '0 100000', '1 2 3'])
+def test_no_quota_in_odd_files(tmp_path, text):
+    group(tmp_path, 'proc/self', cgroup='no colons\n0::/a b:c/\udce9\n'.encode('utf-8', 'surrogateescape').decode('latin-1'))
+    group(tmp_path, 'sys/fs/cgroup', cpu__max=text)
+    assert threads.cpu_quota(str(tmp_path)) == math.inf
+
+
+@pytest.mark.parametrize('text, number', [('', 7), ('0', 7), ('two', 7), ('1.0', 7), ('²', 7), (' 2', 2), ('4,2', 4)])
+def test_numbers_in_the_environment(monkeypatch, text, number):
+    monkeypatch.setenv('OMP_NUM_THREADS', text)
+    assert threads.positive_number('OMP_NUM_THREADS', 7) == number
+
+
 def test_cores_follow_quota_and_affinity(monkeypatch):
     monkeypatch.setattr(threads, 'usable_cpus', lambda: {0, 1, 2, 3})
     monkeypatch.setattr(threads, 'read', lambda path: '')  # no topology: each CPU counts as a core
@@ -80,6 +94,7 @@ def test_cores_follow_quota_and_affinity(monkeypatch):
         (3.0, {}, {'OMP_WAIT_POLICY': 'PASSIVE'}, 'sleep while waiting (3.0 of 4 CPUs idle)'),
         (3.0, {'OMP_NUM_THREADS': '2'}, {}, 'spin while waiting (3.0 of 4 CPUs idle)'),
         (4.0, {'OMP_NUM_THREADS': '3,2', 'LOCAL_WORLD_SIZE': '2'}, {'OMP_WAIT_POLICY': 'PASSIVE'}, 'sleep while waiting (4.0 of 4 CPUs idle)'),
+        (3.0, {'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'}, {}, 'spin while waiting (4.0 of 4 CPUs idle)'),  # the other one is importing
         (0.0, {'OMP_NUM_THREADS': '1'}, {}, ''),
         (0.0, {'GOMP_SPINCOUNT': '7'}, {}, 'wait by GOMP_SPINCOUNT=7'),
         (0.0, {'OMP_WAIT_POLICY': 'ACTIVE'}, {}, 'wait by OMP_WAIT_POLICY=ACTIVE'),
@@ -120,6 +135,18 @@ def test_the_policy_is_set_while_torch_loads_and_not_inherited(tmp_path):
     assert done.stdout.split() == ['PASSIVE', 'None'], done.stderr
 
 
+def test_a_log_names_threads_and_cores(monkeypatch, threads_restored):
+    monkeypatch.setattr(threads, 'WAITING', 'spin while waiting (2.0 of 2 CPUs idle)')
+    monkeypatch.setattr(threads, 'usable_cores', lambda: 2)
+    for number, text in (
+        (1, '1 thread on 2 usable cores'),
+        (2, '2 threads that spin while waiting (2.0 of 2 CPUs idle)'),
+        (3, '3 threads on 2 usable cores that spin while waiting (2.0 of 2 CPUs idle)'),
+    ):
+        threads.set_threads(number)
+        assert threads.describe_threads() == text
+
+
 def test_every_entry_point_imports_threads_before_torch():
     """What imports torch, itself or through another module of ours, comes after `import threads`."""
 
@@ -143,25 +170,34 @@ def test_every_entry_point_imports_threads_before_torch():
         assert 'threads' in order[:first], name
 
 
+def threads_in(folder: Path) -> tuple[int, int]:
+    """The threads and processes that a run's checkpoint names."""
+    state = checkpoint.load_from(str(folder), best=False)[1]
+    return state['config']['threads'], state['processes']
+
+
 def test_resuming_keeps_the_threads(chars, tmp_path, threads_restored):
+    threads.set_threads(2)
     train(tiny(chars, tmp_path, '--max_iters=2', '--threads=1'))
-    threads.set_threads(2)
+    assert threads_in(tmp_path) == (1, 1)
+    assert torch.get_num_threads() == 2  # what comes after is as before
     train(tiny(chars, tmp_path, '--max_iters=4', '--init_from=resume'))
-    assert torch.get_num_threads() == 1
-    _, state = checkpoint.load_from(str(tmp_path), best=False)
-    assert (state['config']['threads'], state['processes']) == (1, 1)
-    threads.set_threads(2)
-    train(tiny(chars, tmp_path, '--max_iters=6', '--init_from=resume', '--threads=2'))  # asked for, it counts
-    assert checkpoint.load_from(str(tmp_path), best=False)[1]['config']['threads'] == 2
+    assert threads_in(tmp_path) == (1, 1)
+    assert json.loads((tmp_path / 'config.json').read_text())['threads'] == 'auto'  # nobody asked for a number
+    train(tiny(chars, tmp_path, '--max_iters=6', '--init_from=resume', '--threads=3'))  # asked for, it counts
+    assert threads_in(tmp_path) == (3, 1)
+    assert json.loads((tmp_path / 'config.json').read_text())['threads'] == 3
+    train(tiny(chars, tmp_path, '--max_iters=8', '--init_from=resume', '--threads=auto'))
+    assert threads_in(tmp_path) == (2, 1)
 
 
 def test_other_numbers_of_processes_do_not_keep_the_threads(chars, tmp_path, threads_restored):
+    threads.set_threads(2)
     train(tiny(chars, tmp_path, '--max_iters=2', '--threads=1'))
     path, state = checkpoint.load_from(str(tmp_path), best=False, optimizer=True)
     checkpoint.save(path, state | {'processes': 4}, keep_previous=False)
-    threads.set_threads(2)
     train(tiny(chars, tmp_path, '--max_iters=4', '--init_from=resume'))
-    assert torch.get_num_threads() == 2
+    assert threads_in(tmp_path) == (2, 1)
 
 
 def test_resume_is_exact_whatever_the_load(chars, tmp_path):
@@ -174,7 +210,7 @@ def test_resume_is_exact_whatever_the_load(chars, tmp_path):
     words = [word for word in words if not word.startswith('--threads')]
     command = [*words, f'--out_dir={parts}', '--max_iters=20', '--init_from=resume']
     done = script(*command, OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
-    assert 'cpu, 2 threads' in done.stdout, done.stderr
+    assert 'cpu, 2 threads' in done.stdout, done.stderr  # the environment's number counts for new runs only
     states = [checkpoint.load_from(str(out), best=False, optimizer=True)[1] for out in (whole, parts)]
     for name, weight in states[0]['model'].items():
         assert torch.equal(weight, states[1]['model'][name]), name
@@ -232,7 +268,7 @@ def test_a_note_where_int8_is_no_faster(trained, capsys, monkeypatch):
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: {1: 1.5, 3: 0.5}[rows])
     sample.load_model(config)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('note')]
-    assert said == ['note: quantize=int8 saves memory, but is no faster here than float32: 0.50 × its speed for 3 at once']
+    assert said == ['note: quantize=int8 saves memory, but is hardly faster here than float32, or slower: 0.50 × its speed for 3 at once']
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: 1.5)
     sample.load_model(config)
     assert 'note' not in capsys.readouterr().err

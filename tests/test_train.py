@@ -363,8 +363,10 @@ def test_compiled_training(chars, tmp_path):
     assert not any(k.startswith('_orig_mod') for k in torch.load(tmp_path / 'compiled' / 'ckpt.pt', weights_only=True)['model'])
 
 
-def test_wrong_compiled_gradients_are_noticed(chars, tmp_path, monkeypatch):
-    """A compiler that drops the gradient, as torch 2.11 did, must not train."""
+@pytest.mark.parametrize('arch', ['modern', 'gpt2'])
+@pytest.mark.parametrize('dropped', ['all', 'below the head'])
+def test_wrong_compiled_gradients_are_noticed(chars, tmp_path, monkeypatch, arch, dropped):
+    """A compiler that drops gradients, as torch 2.11 did, must not train."""
 
     class Wrong(torch.nn.Module):
         def __init__(self, model):
@@ -372,15 +374,26 @@ def test_wrong_compiled_gradients_are_noticed(chars, tmp_path, monkeypatch):
             self.model = model
 
         def forward(self, x, y):
-            return 0 * self.model(x, y)
+            if dropped == 'all':
+                return 0 * self.model(x, y)
+            return torch.nn.functional.cross_entropy(self.model.lm_head(self.model.hidden(x).detach()).flatten(0, 1), y.flatten())
 
-    train(tiny(chars, tmp_path / 'eager', '--max_iters=4', '--log_interval=1'))
+    options = ('--max_iters=4', '--log_interval=1', f'--arch={arch}', '--tie_weights=False')
+    train(tiny(chars, tmp_path / 'eager', *options))
     monkeypatch.setattr(torch, 'compile', Wrong)
     monkeypatch.setattr('train.can_compile', lambda device: '')
-    train(tiny(chars, tmp_path / 'wrong', '--max_iters=4', '--log_interval=1', '--compile=True'))
-    assert 'eager (compiled gradients are wrong: a norm of 0 instead of ' in (tmp_path / 'wrong' / 'train.log').read_text(encoding='utf-8')
+    train(tiny(chars, tmp_path / 'wrong', *options, '--compile=True'))
+    assert 'eager (compiled gradients are wrong: ' in (tmp_path / 'wrong' / 'train.log').read_text(encoding='utf-8')
     a, b = ([float(r['train_loss']) for r in rows(tmp_path / name) if r['train_loss']] for name in ('eager', 'wrong'))
     assert a == b
+
+
+def test_right_compiled_gradients_pass_whatever_the_dropout(chars, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda model, **options: model)
+    monkeypatch.setattr('train.can_compile', lambda device: '')
+    train(tiny(chars, tmp_path, '--max_iters=100', '--dropout=0.5', '--batch_size=16', '--arch=gpt2'))
+    train(tiny(chars, tmp_path, '--max_iters=102', '--init_from=resume', '--compile=True'))
+    assert 'float32, compiled, 1 process' in (tmp_path / 'train.log').read_text(encoding='utf-8')
 
 
 def test_no_compiler_falls_back(chars, tmp_path):
