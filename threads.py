@@ -115,11 +115,11 @@ def choose_waiting() -> tuple[dict[str, str], str]:
     if threads == 1:
         return {}, ''
     cpus = min(len(usable_cpus()), cpu_quota())
-    idle = min(idle_cpus() + processes - 1, cpus)  # the other processes of this run are busy importing
-    found = f'while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
-    if idle > threads - 0.5:
-        return {}, f'spin {found}'
-    return {'OMP_WAIT_POLICY': 'PASSIVE'}, f'sleep {found}'
+    for _ in range(3):  # the choice holds for a whole run, so what is busy for a moment should not decide
+        idle = min(idle_cpus() + processes - 1, cpus)  # the other processes of this run are busy importing
+        if idle > threads - 0.5:
+            return {}, f'spin while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
+    return {'OMP_WAIT_POLICY': 'PASSIVE'}, f'sleep while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
 
 
 def import_torch() -> str:

@@ -110,6 +110,16 @@ def test_waiting_follows_idle_cpus(monkeypatch, no_policy, idle, environment, va
     assert threads.choose_waiting() == (variables, words)
 
 
+def test_a_busy_moment_does_not_decide(monkeypatch, no_policy):
+    monkeypatch.setattr(threads, 'usable_cpus', lambda: {0, 1})
+    monkeypatch.setattr(threads, 'usable_cores', lambda: 2)
+    monkeypatch.setattr(threads, 'cpu_quota', lambda: math.inf)
+    for idle, variables in ([0.5, 1.0, 2.0], {}), ([0.5, 1.0, 1.4], {'OMP_WAIT_POLICY': 'PASSIVE'}):
+        moments = iter(idle)
+        monkeypatch.setattr(threads, 'idle_cpus', lambda moments=moments: next(moments))
+        assert threads.choose_waiting()[0] == variables
+
+
 @pytest.mark.skipif(not os.path.exists('/proc/stat'), reason='needs Linux')
 def test_idle_cpus_counts_a_busy_process():
     busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in threads.usable_cpus()]
