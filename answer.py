@@ -76,7 +76,7 @@ class AnswerConfig:
     eval_only: bool = False  # evaluate the model in out_dir and stop
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow; resuming keeps it
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow; resuming keeps it
     seed: int = 1337  # of initialization, split, order and dropout
     wandb_log = tensorboard_log = False  # log.py asks; no knobs here
 

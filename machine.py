@@ -90,7 +90,7 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bfloat16 faster than float32? A CPU is asked by trying: with instructions for it, it is at least
+    """Does this device multiply bfloat16 faster than float32? Measured on a CPU: with instructions for it, it is at least
     1.5 times as fast, without them less than half as fast.
     """
     if device.type == 'cuda':
@@ -216,7 +216,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that memory moves here and now, read and written, by copies that no cache holds."""
+    """Memory bandwidth in bytes/s, reads plus writes, measured by copies larger than most caches."""
     a = torch.ones(2**30 if device.type == 'cuda' else 2**28, dtype=torch.uint8, device=device)
     b = torch.zeros_like(a)
     return 2 * a.numel() / best_seconds(lambda: b.copy_(a))

@@ -71,8 +71,8 @@ class SampleConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
-    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
-    quantize: Literal['int8'] | None = None  # int8 weights: less memory, a little less quality; a note says where it is hardly faster, or slower
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow
+    quantize: Literal['int8'] | None = None  # int8 weights: less memory, slightly lower quality; prints a note where it brings no speedup
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 def int8_speedup(model: GPT, dtype: torch.dtype, rows: int) -> float:
     """The speed of the model's linear layers in int8, relative to that in `dtype`, for one token of each of `rows` texts.
 
-    Measured here and now, on layers of up to 64 million parameters: more than the caches of most machines hold.
+    Measured on the first layers, up to about 67 million parameters: more than the caches of most machines hold.
     """
     sides: dict[str, list[tuple[nn.Module, torch.Tensor]]] = {'plain': [], 'int8': []}
     parameters = 0
@@ -155,10 +155,10 @@ def int8_speedup(model: GPT, dtype: torch.dtype, rows: int) -> float:
 def warn_if_slow(model: GPT, dtype: torch.dtype, batches: set[int]) -> None:
     """Say on stderr if quantize=int8 is hardly faster than `dtype`, or slower, for any of these numbers of texts at once."""
     speeds = {rows: int8_speedup(model, dtype, rows) for rows in sorted(batches)}
-    slow = [f'{speed:.2f} × its speed for {rows} at once' for rows, speed in speeds.items() if speed < 1.1]
+    slow = [f'{speed:.2f} times as fast for {rows} at once' for rows, speed in speeds.items() if speed < 1.1]
     if slow:
         name = str(dtype).removeprefix('torch.')
-        print(f'note: quantize=int8 saves memory, but is hardly faster here than {name}, or slower: {", ".join(slow)}', file=sys.stderr)
+        print(f'note: quantize=int8 saves memory, but brings little or no speedup over {name} here: {", ".join(slow)}', file=sys.stderr)
 
 
 def prompt_text(config: SampleConfig) -> str:

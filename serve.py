@@ -77,7 +77,7 @@ class ServeConfig:
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights, as in sample.py
-    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per core, as affinity and container limits allow
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow
     quantize: Literal['int8'] | None = None  # int8 weights, as in sample.py
 
     def __post_init__(self) -> None:

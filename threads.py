@@ -1,9 +1,9 @@
 """Import torch with threads that suit this machine: how many compute on a CPU, and how they wait for one another.
 
 Every script that computes imports this module before torch, because OpenMP reads its waiting policy once, when torch loads
-it. Waiting threads either spin, which is faster while each has a core to itself, or sleep, which is up to four times faster
+it. Waiting threads either spin, which is faster while each has a core to itself, or sleep, which is more than twice as fast
 while other programs need the cores (measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs
-are idle now. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment override it; OMP_NUM_THREADS sets the number of threads.
+are idle now. OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME overrides it; OMP_NUM_THREADS sets the number of threads.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ def choose_waiting() -> tuple[dict[str, str], str]:
     """
     for name in POLICY_VARIABLES:
         if name in os.environ:
-            return {}, f'wait by {name}={os.environ[name]}'
+            return {}, f'follow {name}={os.environ[name]}'
     processes = positive_number('LOCAL_WORLD_SIZE', 1)  # that torchrun started here
     threads = processes * positive_number('OMP_NUM_THREADS', usable_cores())
     if threads == 1:
@@ -123,14 +123,14 @@ def choose_waiting() -> tuple[dict[str, str], str]:
 
 
 def import_torch() -> str:
-    """Load torch with the waiting policy of this moment, and no more threads than usable cores; returns the policy in words."""
-    if 'torch' in sys.modules:  # somebody else's choice
+    """Load torch with the chosen waiting policy and, without OMP_NUM_THREADS, at most one thread per core; returns the policy as text."""
+    if 'torch' in sys.modules:  # too late to choose
         return ''
     variables, policy = choose_waiting()
     os.environ |= variables
     import torch
 
-    for name in variables:  # they have done their work: a script that this one starts chooses for itself
+    for name in variables:  # no longer needed: a script that this one starts chooses for itself
         del os.environ[name]
     if not positive_number('OMP_NUM_THREADS', 0):
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
@@ -141,7 +141,7 @@ WAITING = import_torch()
 
 
 def check_threads(threads: int | str) -> None:
-    """Raises ValueError for a number of threads that cannot be meant."""
+    """Raises ValueError unless `threads` is 'auto' or 1 to 1024."""
     if threads != 'auto' and not (isinstance(threads, int) and 1 <= threads <= 1024):
         raise ValueError(f'threads={threads}: expected auto, or 1 to 1024')
 

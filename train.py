@@ -127,7 +127,7 @@ class TrainConfig:
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is fast (on a CPU: large models), else float16 or 32
-    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: one per usable core. Resuming keeps it, as others round differently
+    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per usable core. Resuming keeps it: another number rounds differently
     compile: bool | Literal['auto'] = 'auto'  # torch.compile the model; auto: on CUDA, where a compiler is at hand
     remat: bool = False  # compute each block again in the backward pass instead of keeping what it made: less memory, a quarter more time
     parallel: Literal['ddp', 'fsdp'] = 'ddp'  # several processes: each has the whole model; or its part of every weight, for models that do not fit
@@ -782,10 +782,10 @@ def one_pass(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> Non
 
 
 def gradient_norms(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) -> list[float]:
-    """The norm of each parameter's gradient over B equal sequences x and y (B, T), for one of them. No gradients are kept."""
+    """Each parameter's gradient norm for B copies of one sequence, x and y (B, T), divided by B. Clears the gradients."""
     try:
         with autocast:
-            loss = model(x, y) * y.numel()  # as a mean, much of it would be below float16's smallest number
+            loss = model(x, y) * y.numel()  # the sum: gradients of the mean could underflow in float16
         loss.backward()
         return [float(p.grad.norm()) / len(y) for p in model.parameters() if p.grad is not None]
     finally:
@@ -795,8 +795,8 @@ def gradient_norms(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) 
 def cannot_compile(compiled: Any, eager: GPT | None, batch: tuple[torch.Tensor, torch.Tensor], autocast: Any) -> str:
     """Compile a `torch.compile`d model by a pass over a batch like those to come. '' if it works, else one line that says why not.
 
-    A compiler's mistake can go unnoticed: torch 2.11 once gave this model gradients of zero. So each parameter's gradient is
-    compared with that of the `eager` model, if given: over one sequence, which the compiled model gets as often as a batch is large.
+    A miscompilation can go unnoticed: torch 2.11 gave this model zero gradients. So the norm of each parameter's gradient is
+    compared with the `eager` model's, if given, over one sequence; the compiled model gets a batch of copies of that sequence.
     """
     x, y = (ids[:1].expand_as(ids).contiguous() for ids in batch)
     zeros = [] if eager is None else [p for p in eager.parameters() if p.dim() > 1 and not p.any()]
@@ -883,7 +883,7 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
 
 
 def resume_config(config: TrainConfig, state: dict[str, Any], path: str, processes: int) -> TrainConfig:
-    """The checkpoint's knobs, but for those that the user set now and those of the machine; its threads for as many processes only.
+    """The checkpoint's options, except those that the user sets and those of the machine; `threads` only for as many processes.
 
     Raises UserError if there is nothing to resume, or they contradict one another.
     """

@@ -1,11 +1,11 @@
-"""Check on a GPU everything that runs on one, and measure it. Prints one table, a row at a time; no failure stops it.
+"""Check training, resuming and generation on a GPU, and measure speed. Prints a table row by row; a failed row does not stop it.
 
     python tests/gpu_check.py                                       (or: make gpu-check)
     python tests/gpu_check.py --minutes=10 --peer=../nanoGPT        (training beside a nanoGPT checkout)
     python tests/gpu_check.py --device=cpu                          (the same rows, smaller, without a GPU)
 
-Rows run in a process of their own, which is ended and started again when a row takes too long or breaks it. Results are
-compared with the CPU's. It needs torch 2.11 or later, numpy, tiktoken, tokenizers, transformers and safetensors, and no network.
+Rows run in a child process, which is replaced when a row times out, raises an error or crashes. Results are
+compared with the CPU's. It needs only torch 2.11 or later, numpy, tiktoken, tokenizers, transformers and safetensors, and no network.
 Exit status 1 if a row failed.
 """
 
@@ -64,7 +64,7 @@ class CheckConfig:
     minutes: float = 5  # rows for which no time is left are not run
     peer: str = ''  # a nanoGPT checkout, to train GPT-2's size beside it
     input: str = ''  # Tiny Shakespeare's text, unless data/shakespeare_char is prepared already
-    rows: list[str] | None = None  # run only these rows, by the beginnings of their names
+    rows: list[str] | None = None  # run only the rows whose names begin with one of these
     out_dir: str = 'out-gpu-check'  # table.txt, and log.txt with what the rows printed
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ def training(check: Check, dtype: str, compiled: bool = False, parallel: str = '
 
 
 def exact_resume(check: Check) -> str:
-    """With deterministic kernels: stopped and resumed, weights and optimizer states are those of a run in one go, byte for byte."""
+    """With deterministic kernels, a stopped and resumed run ends with exactly the weights and optimizer states of an unbroken one."""
     options = ('--compile=False', '--dropout=0.1', '--dtype=auto')
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -201,7 +201,7 @@ def flat(state: Any, name: str = '') -> dict[str, torch.Tensor]:
 
 
 def generate(check: Check, compiled: bool = False, quantize: str | None = None) -> str:
-    """Greedy and drawn tokens, and the logits along the CPU's text, in float32 against the CPU's (int8: logits alone must be close)."""
+    """Compare greedy and sampled tokens, and logits over the CPU's text, with the CPU's in float32 (int8: only the logits, loosely)."""
     check.reference()
     if quantize and check.device.type not in ('cpu', 'cuda'):
         raise NotHere('int8 works on cpu and cuda')
@@ -431,7 +431,7 @@ class Worker:
 
 def main() -> None:
     """Run the rows, and print a line for each."""
-    config = configure(CheckConfig, description='Check on a GPU everything that runs on one, and measure it.')
+    config = configure(CheckConfig, description='Check training, resuming and generation on a GPU, and measure speed.')
     try:
         device = pick_device(config.device)
     except ValueError as error:
@@ -439,7 +439,7 @@ def main() -> None:
     wanted = None if config.rows is None else (*config.rows, 'CPU reference')  # which the others compare with
     chosen = [row for row in ROWS if wanted is None or row[0].startswith(wanted)]
     if config.rows and not any(row[0].startswith(tuple(config.rows)) for row in ROWS):
-        raise UserError(f'rows={",".join(config.rows or [])}: no row begins so; there are: {", ".join(name for name, _, _ in ROWS)}')
+        raise UserError(f'rows={",".join(config.rows or [])}: no such row; the rows: {", ".join(name for name, _, _ in ROWS)}')
     if config.peer and not os.path.isfile(os.path.join(config.peer, 'train.py')):
         raise UserError(f'peer={config.peer}: not a nanoGPT checkout (it has no train.py)')
     for number in (getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)):

@@ -96,8 +96,8 @@ def test_cores_follow_quota_and_affinity(monkeypatch):
         (4.0, {'OMP_NUM_THREADS': '3,2', 'LOCAL_WORLD_SIZE': '2'}, {'OMP_WAIT_POLICY': 'PASSIVE'}, 'sleep while waiting (4.0 of 4 CPUs idle)'),
         (3.0, {'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'}, {}, 'spin while waiting (4.0 of 4 CPUs idle)'),  # the other one is importing
         (0.0, {'OMP_NUM_THREADS': '1'}, {}, ''),
-        (0.0, {'GOMP_SPINCOUNT': '7'}, {}, 'wait by GOMP_SPINCOUNT=7'),
-        (0.0, {'OMP_WAIT_POLICY': 'ACTIVE'}, {}, 'wait by OMP_WAIT_POLICY=ACTIVE'),
+        (0.0, {'GOMP_SPINCOUNT': '7'}, {}, 'follow GOMP_SPINCOUNT=7'),
+        (0.0, {'OMP_WAIT_POLICY': 'ACTIVE'}, {}, 'follow OMP_WAIT_POLICY=ACTIVE'),
     ],
 )
 def test_waiting_follows_idle_cpus(monkeypatch, no_policy, idle, environment, variables, words):
@@ -278,7 +278,7 @@ def test_a_note_where_int8_is_no_faster(trained, capsys, monkeypatch):
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: {1: 1.5, 3: 0.5}[rows])
     sample.load_model(config)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('note')]
-    assert said == ['note: quantize=int8 saves memory, but is hardly faster here than float32, or slower: 0.50 × its speed for 3 at once']
+    assert said == ['note: quantize=int8 saves memory, but brings little or no speedup over float32 here: 0.50 times as fast for 3 at once']
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: 1.5)
     sample.load_model(config)
     assert 'note' not in capsys.readouterr().err
