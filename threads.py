@@ -1,9 +1,10 @@
-"""Import torch with threads that suit this machine: how many compute on a CPU, and how they wait for one another.
+"""Import torch with threads that suit this machine: how many compute on a CPU, and how they wait.
 
-Every script that computes imports this module before torch, because OpenMP reads its waiting policy once, when torch loads
-it. Waiting threads either spin, which is faster while each has a core to itself, or sleep, which is more than twice as fast
-while other programs need the cores (measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs
-are idle now. OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME overrides it; OMP_NUM_THREADS sets the number of threads.
+Every script that computes imports this module before torch, because OpenMP reads its waiting
+policy once, when torch loads it. Waiting threads either spin, which is faster while each has a
+core to itself, or sleep, which is more than twice as fast while other programs need the cores
+(measured in docs/concepts/what-we-tried.md). So the choice follows from how many CPUs are idle now.
+OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME overrides it; OMP_NUM_THREADS sets the number.
 """
 
 import contextlib
@@ -42,9 +43,10 @@ def usable_cpus() -> set[int]:
 
 
 def cpu_quota(root: str = '/') -> float:
-    """CPUs that this process's control groups (a container's limit, say) let it use at once; infinity without a limit.
+    """CPUs that this process's control groups (a container's limit, say) let it use at once.
 
-    Reads cgroup versions 1 and 2 below `root`. A group's limit holds for the groups inside it, so all of them count.
+    Infinity without a limit. Reads cgroup versions 1 and 2 below `root`. A group's limit holds for
+    the groups inside it, so all of them count.
     """
     quota = math.inf
     for line in read(os.path.join(root, 'proc/self/cgroup')).splitlines():
@@ -52,7 +54,10 @@ def cpu_quota(root: str = '/') -> float:
         if controllers == '':  # version 2
             mounts, names = ['sys/fs/cgroup'], ['cpu.max']
         elif 'cpu' in controllers.split(','):
-            mounts, names = ['sys/fs/cgroup/cpu', f'sys/fs/cgroup/{controllers}'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us']
+            mounts, names = (
+                ['sys/fs/cgroup/cpu', f'sys/fs/cgroup/{controllers}'],
+                ['cpu.cfs_quota_us', 'cpu.cfs_period_us'],
+            )
         else:
             continue
         groups = path.strip('/').split('/')
@@ -64,7 +69,10 @@ def cpu_quota(root: str = '/') -> float:
 
 
 def group_quota(paths: list[str]) -> float:
-    """CPUs that one control group allows: quota ÷ period, both in microseconds, in these files; infinity if they set no limit."""
+    """CPUs that one control group allows: quota ÷ period, both in microseconds, in these files.
+
+    Infinity if they set no limit.
+    """
     try:
         quota, period = (int(word) for path in paths for word in read(path).split())
     except ValueError:  # no such files, or "max"
@@ -73,20 +81,32 @@ def group_quota(paths: list[str]) -> float:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use, within its CPU quota. Where the system names no cores, logical CPUs count."""
+    """Physical cores that this process may use, within its CPU quota.
+
+    Where the system does not tell which logical CPUs share a core, each counts as one.
+    """
     siblings = '/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
     cores = {read(siblings.format(cpu)) or str(cpu) for cpu in usable_cpus()}
     return max(1, math.ceil(min(len(cores), cpu_quota())))
 
 
 def idle_cpus(seconds: float = 0.1) -> float:
-    """How many of this process's logical CPUs are idle, by the kernel's counters over `seconds`, else by the load average."""
+    """How many of this process's logical CPUs are idle.
+
+    Measured by the kernel's counters over `seconds`; without those, by the load average.
+    """
     cpus = usable_cpus()
 
     def idle_and_total() -> tuple[int, int]:
         rows = [line.split() for line in read('/proc/stat').splitlines()]
-        mine = [[int(n) for n in row[1:9]] for row in rows if row[0][:3] == 'cpu' and row[0][3:].isdecimal() and int(row[0][3:]) in cpus]
-        return sum(row[3] + row[4] for row in mine), sum(map(sum, mine))  # idle, and idle with a disk to wait for
+        mine = [
+            [int(n) for n in row[1:9]]
+            for row in rows
+            if row[0][:3] == 'cpu' and row[0][3:].isdecimal() and int(row[0][3:]) in cpus
+        ]
+        return sum(row[3] + row[4] for row in mine), sum(
+            map(sum, mine)
+        )  # idle, and idle with a disk to wait for
 
     before = idle_and_total()
     time.sleep(seconds)
@@ -103,9 +123,10 @@ def idle_cpus(seconds: float = 0.1) -> float:
 
 
 def choose_waiting() -> tuple[dict[str, str], str]:
-    """How OpenMP's threads should wait from now on: the variables to set before torch is loaded, and the choice in words.
+    """How OpenMP's threads should wait from now on.
 
-    Without variables they spin: 300,000 rounds with GNU's library, 200 ms with LLVM's and Intel's.
+    Returns the variables to set before torch is loaded, and the choice in words. Without variables
+    threads spin: 300,000 rounds with GNU's library, 200 ms with LLVM's and Intel's.
     """
     for name in POLICY_VARIABLES:
         if name in os.environ:
@@ -115,15 +136,22 @@ def choose_waiting() -> tuple[dict[str, str], str]:
     if threads == 1:
         return {}, ''
     cpus = min(len(usable_cpus()), cpu_quota())
-    for _ in range(3):  # the choice holds for a whole run, so what is busy for a moment should not decide
-        idle = min(idle_cpus() + processes - 1, cpus)  # the other processes of this run are busy importing
+    for _ in range(
+        3
+    ):  # the choice holds for a whole run, so what is busy for a moment should not decide
+        idle = min(
+            idle_cpus() + processes - 1, cpus
+        )  # the other processes of this run are busy importing
         if idle > threads - 0.5:
             return {}, f'spin while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
     return {'OMP_WAIT_POLICY': 'PASSIVE'}, f'sleep while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
 
 
 def import_torch() -> str:
-    """Load torch with the chosen waiting policy and, without OMP_NUM_THREADS, at most one thread per core; returns the policy as text."""
+    """Load torch with the chosen waiting policy; returns the policy as text.
+
+    Without OMP_NUM_THREADS it gets at most one thread per usable core.
+    """
     if 'torch' in sys.modules:  # too late to choose
         return ''
     variables, policy = choose_waiting()
@@ -147,7 +175,7 @@ def check_threads(threads: int | str) -> None:
 
 
 def set_threads(threads: int | str) -> int:
-    """Compute with this many threads from now on, or ('auto') with as many as now; returns the number."""
+    """Compute with this many threads from now on; 'auto' changes nothing. Returns the number."""
     import torch
 
     torch.set_num_threads(torch.get_num_threads() if threads == 'auto' else int(threads))
@@ -167,7 +195,7 @@ def threads_restored() -> Iterator[None]:
 
 
 def describe_threads() -> str:
-    """The number of threads and how they wait, for a log: 2 threads that spin while waiting (2.0 of 2 CPUs idle)."""
+    """For a log, as in "2 threads that spin while waiting (2.0 of 2 CPUs idle)"."""
     import torch
 
     number, cores = torch.get_num_threads(), usable_cores()

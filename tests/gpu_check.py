@@ -1,12 +1,13 @@
-"""Check training, resuming and generation on a GPU, and measure speed. Prints a table row by row; a failed row does not stop it.
+"""Check training, resuming and generation on a GPU, and measure speed.
 
-    python tests/gpu_check.py                                       (or: make gpu-check)
-    python tests/gpu_check.py --minutes=10 --peer=../nanoGPT        (training beside a nanoGPT checkout)
-    python tests/gpu_check.py --device=cpu                          (the same rows, smaller, without a GPU)
+    python tests/gpu_check.py                                   (or: make gpu-check)
+    python tests/gpu_check.py --minutes=10 --peer=../nanoGPT    (trains beside a nanoGPT checkout)
+    python tests/gpu_check.py --device=cpu                      (the same rows, smaller)
 
-Rows run in a child process, which is replaced when a row times out, raises an error or crashes. Results are
-compared with the CPU's. It needs only torch 2.11 or later, numpy, tiktoken, tokenizers, transformers and safetensors, and no network.
-Exit status 1 if a row failed.
+Prints a table row by row; a failed row does not stop it. Rows run in a child process, which is
+replaced when a row times out, raises an error or crashes. Results are compared with the CPU's. It
+needs only torch 2.11 or later, numpy, tiktoken, tokenizers, transformers and safetensors, and no
+network. Exit status 1 if a row failed.
 """
 
 import contextlib
@@ -50,8 +51,10 @@ from train import TrainConfig, train  # noqa: E402
 
 STEPS = 20
 SMALL = (
-    f'--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=2 --learning_rate=3e-3 '
-    f'--max_iters={STEPS} --lr_decay_iters={STEPS} --warmup_iters=2 --eval_interval={STEPS} --eval_iters=2 --log_interval=1 --report=False'
+    '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 '
+    '--batch_size=8 --gradient_accumulation_steps=2 --learning_rate=3e-3 --warmup_iters=2 '
+    f'--max_iters={STEPS} --lr_decay_iters={STEPS} --eval_interval={STEPS} --eval_iters=2 '
+    '--log_interval=1 --report=False'
 ).split()
 PACKAGES = ('numpy', 'tiktoken', 'tokenizers', 'transformers', 'safetensors', 'triton')
 
@@ -92,9 +95,15 @@ class Check:
         return pick_device(self.config.device)
 
     def losses(self, name: str, *options: str, device: str = '') -> list[float]:
-        """The training loss of each step of a small model, in nats; the run is in the folder `name`."""
+        """The training loss of each step of a small model, in nats; `name` is the run's folder."""
         out_dir = os.path.join(self.folder, name)
-        words = [*SMALL, f'--dataset={self.folder}/data', f'--out_dir={out_dir}', f'--device={device or self.config.device}', *options]
+        words = [
+            *SMALL,
+            f'--dataset={self.folder}/data',
+            f'--out_dir={out_dir}',
+            f'--device={device or self.config.device}',
+            *options,
+        ]
         train(configure(TrainConfig, words))
         if '--compile=True' in options:
             with open(os.path.join(out_dir, 'train.log'), encoding='utf-8') as f:
@@ -130,10 +139,18 @@ def environment(check: Check) -> str:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    facts = [f'Python {sys.version.split()[0]}', *(f'{name} {version}' for name, version in versions.items())]
+    facts = [
+        f'Python {sys.version.split()[0]}',
+        *(f'{name} {version}' for name, version in versions.items()),
+    ]
     if device.type == 'cuda':
         about = torch.cuda.get_device_properties(device)
-        facts += [f'CUDA {torch.version.cuda}', about.name, f'compute capability {about.major}.{about.minor}', f'{about.total_memory / 1e9:.0f} GB']
+        facts += [
+            f'CUDA {torch.version.cuda}',
+            about.name,
+            f'compute capability {about.major}.{about.minor}',
+            f'{about.total_memory / 1e9:.0f} GB',
+        ]
     facts.append('bfloat16 is fast' if fast_bf16(device) else 'bfloat16 is not fast')
     facts.append(f'cannot compile: {can_compile(device)}' if can_compile(device) else 'can compile')
     return ', '.join(facts)
@@ -143,7 +160,11 @@ def cpu_reference(check: Check) -> str:
     """Make the dataset, and train on the CPU in float32: what the other rows are compared with."""
     lines = (ROOT / 'data' / 'darklyrics' / 'demo.jsonl').read_text(encoding='utf-8').splitlines()
     text = '\n\n'.join(json.loads(line)['lyrics'] for line in lines[:50])
-    write_dataset(os.path.join(check.folder, 'data'), split_text([text], len(text), 0.1), CharTokenizer.train([text]))
+    write_dataset(
+        os.path.join(check.folder, 'data'),
+        split_text([text], len(text), 0.1),
+        CharTokenizer.train([text]),
+    )
     losses = check.losses('reference', '--dtype=float32', '--compile=False', device='cpu')
     if not losses[-1] < losses[0] - 0.2:
         raise Failed(f'the loss did not fall: {losses[0]:.3f}, then {losses[-1]:.3f}')
@@ -161,7 +182,9 @@ def training(check: Check, dtype: str, compiled: bool = False, parallel: str = '
         raise NotHere('FSDP2 works on cpu and cuda')
     if compiled and can_compile(device):
         raise NotHere(can_compile(device))
-    allowed = 0.02 if dtype == 'float32' else 0.05  # TF32 and bfloat16 round at every product, and steps add up
+    allowed = (
+        0.02 if dtype == 'float32' else 0.05
+    )  # TF32 and bfloat16 round at every product, and steps add up
     options = (f'--dtype={dtype}', f'--compile={compiled}', f'--parallel={parallel}')
     losses = check.losses(''.join(options), *options)
     worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
@@ -172,7 +195,10 @@ def training(check: Check, dtype: str, compiled: bool = False, parallel: str = '
 
 
 def exact_resume(check: Check) -> str:
-    """With deterministic kernels, a stopped and resumed run ends with exactly the weights and optimizer states of an unbroken one."""
+    """With deterministic kernels, a stopped and resumed run ends exactly as an unbroken one.
+
+    Compares all weights and optimizer states.
+    """
     options = ('--compile=False', '--dropout=0.1', '--dtype=auto')
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -183,10 +209,17 @@ def exact_resume(check: Check) -> str:
             check.losses('parts', *options, '--init_from=resume')
     finally:
         torch.use_deterministic_algorithms(False)
-    whole, parts = (flat(checkpoint.load(os.path.join(check.folder, name, 'ckpt.pt'), optimizer=True)) for name in ('whole', 'parts'))
+    whole, parts = (
+        flat(checkpoint.load(os.path.join(check.folder, name, 'ckpt.pt'), optimizer=True))
+        for name in ('whole', 'parts')
+    )
     different = [name for name in whole if not torch.equal(whole[name], parts[name])]
-    unsure = sorted({str(w.message).splitlines()[0][:60] for w in caught if 'deterministic' in str(w.message)})
-    said = f'{len(whole) - len(different)} of {len(whole)} tensors equal' + (f'; not deterministic: {"; ".join(unsure)}' if unsure else '')
+    unsure = sorted(
+        {str(w.message).splitlines()[0][:60] for w in caught if 'deterministic' in str(w.message)}
+    )
+    said = f'{len(whole) - len(different)} of {len(whole)} tensors equal' + (
+        f'; not deterministic: {"; ".join(unsure)}' if unsure else ''
+    )
     if different:
         raise Failed(f'{said}; different: {", ".join(different[:3])}')
     return said
@@ -196,12 +229,21 @@ def flat(state: Any, name: str = '') -> dict[str, torch.Tensor]:
     """All tensors in nested dictionaries and lists, by their paths."""
     if torch.is_tensor(state):
         return {name: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, list)
+        else ()
+    )
     return {k: v for key, value in items for k, v in flat(value, f'{name}.{key}').items()}
 
 
 def generate(check: Check, compiled: bool = False, quantize: str | None = None) -> str:
-    """Compare greedy and sampled tokens, and logits over the CPU's text, with the CPU's in float32 (int8: only the logits, loosely)."""
+    """Compare greedy and sampled tokens, and logits over the CPU's text, with the CPU's in float32.
+
+    With int8 only the logits must agree, loosely.
+    """
     check.reference()
     if quantize and check.device.type not in ('cpu', 'cuda'):
         raise NotHere('int8 works on cpu and cuda')
@@ -218,25 +260,39 @@ def generate(check: Check, compiled: bool = False, quantize: str | None = None) 
         equal, total = equal + int((mine == theirs).sum()), total + theirs.numel()
     with torch.inference_mode():
         expected = there(theirs.t())
-        error = float((here(theirs.t().to(check.device)).cpu().float() - expected).norm() / expected.norm())
-    said = f'{equal} of {total} tokens are the CPU\'s, logits off by {error:.1e}'
+        error = float(
+            (here(theirs.t().to(check.device)).cpu().float() - expected).norm() / expected.norm()
+        )
+    said = f"{equal} of {total} tokens are the CPU's, logits off by {error:.1e}"
     if error > (0.05 if quantize else 1e-4) or not quantize and equal < total:
         raise Failed(said)
     return said
 
 
 def batch_invariance(check: Check) -> str:
-    """The server's engine: what it generates for a seeded request does not depend on the requests beside it (random weights)."""
+    """What the server's engine generates for a seeded request does not depend on other requests.
+
+    The weights are random: they change no rounding.
+    """
     check.reference()
     _, tokenizer = check.load(torch.device('cpu'))
     dtype = pick_dtype('auto', check.device)
     torch.manual_seed(1)
-    shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=tokenizer.vocab_size)  # a context of several key blocks
-    model = GPT(shape).to(check.device, dtype).eval().quantize()  # as serve.py has it: with packed weights on a CPU
+    shape = GPTConfig(
+        n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=tokenizer.vocab_size
+    )  # a context of several key blocks
+    model = (
+        GPT(shape).to(check.device, dtype).eval().quantize()
+    )  # as serve.py has it: with packed weights on a CPU
 
     def generated(number: int, rows: list[Row]) -> list[list[int]]:
         done: set[int] = set()
-        engine = Engine(model, tokenizer, lambda events: done.update(id(row) for row, piece in events if piece.finish), max_batch=8)
+        engine = Engine(
+            model,
+            tokenizer,
+            lambda events: done.update(id(row) for row, piece in events if piece.finish),
+            max_batch=8,
+        )
         engine.submit(rows)
         with torch.inference_mode():
             while len(done) < number:
@@ -244,12 +300,15 @@ def batch_invariance(check: Check) -> str:
         return [row.written for row in rows]
 
     def request(i: int) -> Row:
-        return Row([1 + i % 5] * (1 + 15 * i), max_tokens=40 + i, temperature=(0.0, 1.0)[i % 2], seed=i)
+        return Row(
+            [1 + i % 5] * (1 + 15 * i), max_tokens=40 + i, temperature=(0.0, 1.0)[i % 2], seed=i
+        )
 
     together = generated(12, [request(i) for i in range(12)])
     alone = [generated(1, [request(i)])[0] for i in range(12)]
     same = sum(a == b for a, b in zip(together, alone))
-    said = f'{same} of 12 requests get the same answer alone and beside others, in {str(dtype).removeprefix("torch.")}'
+    name = str(dtype).removeprefix('torch.')
+    said = f'{same} of 12 requests get the same answer alone and beside others, in {name}'
     if same < 12:
         raise Failed(said)
     return said
@@ -259,8 +318,10 @@ def batch_invariance(check: Check) -> str:
 # Speed
 
 
-def figures(measure: Callable[..., None], config: bench.BenchConfig, check: Check, *more: Any) -> dict[str, dict[str, float]]:
-    """What a measurement of bench.py found, by the last word of each figure's name and by side (ours, peer)."""
+def figures(
+    measure: Callable[..., None], config: bench.BenchConfig, check: Check, *more: Any
+) -> dict[str, dict[str, float]]:
+    """What a measurement of bench.py found, by the last word of the name and by side (ours, peer)."""
     device = check.device
     table = bench.Table(lambda: matmul_ceiling(device, torch.float32))
     try:
@@ -270,7 +331,10 @@ def figures(measure: Callable[..., None], config: bench.BenchConfig, check: Chec
             raise
         traceback.print_exc()  # the peer failed: ours are worth showing
     table.show()
-    return {name.split()[-1]: {side: statistics.median(values) for side, values in sides.items()} for name, sides in table.figures.items()}
+    return {
+        name.split()[-1]: {side: statistics.median(values) for side, values in sides.items()}
+        for name, sides in table.figures.items()
+    }
 
 
 def measured(check: Check, **options: Any) -> bench.BenchConfig:
@@ -285,43 +349,65 @@ def size_name(check: Check) -> str:
 
 
 def training_speed(check: Check) -> str:
-    """Tokens a second, the share of the measured peak, and memory, beside nanoGPT if it is there."""
-    found = figures(bench.measure_train, measured(check, mode='train', peer=os.path.abspath(check.config.peer) if check.config.peer else ''), check)
-    said = f'{found["tokens_per_s"]["ours"]:,.0f} tokens/s, {100 * found["share_of_ceiling"]["ours"]:.0f}% of the measured peak, '
+    """Tokens a second, share of the measured peak, and memory, beside nanoGPT if it is there."""
+    found = figures(
+        bench.measure_train,
+        measured(
+            check,
+            mode='train',
+            peer=os.path.abspath(check.config.peer) if check.config.peer else '',
+        ),
+        check,
+    )
+    speed, share = found['tokens_per_s']['ours'], found['share_of_ceiling']['ours']
+    said = f'{speed:,.0f} tokens/s, {100 * share:.0f}% of the measured peak, '
     said += f'{found["memory_mb"]["ours"]:,.0f} MB'
     if 'peer' in found['tokens_per_s']:
         peer = found['tokens_per_s']['peer']
-        said += f'; nanoGPT {peer:,.0f} tokens/s, a ratio of {found["tokens_per_s"]["ours"] / peer:.2f}'
+        said += f'; nanoGPT {peer:,.0f} tokens/s, a ratio of {speed / peer:.2f}'
     elif check.config.peer:
         said += '; nanoGPT failed: see the log'
     return f'{size_name(check)}: {said}'
 
 
 def time_to_loss(check: Check) -> str:
-    """Seconds to nanoGPT's loss on Tiny Shakespeare, with an empty and with a full cache of compiled code."""
+    """Seconds to nanoGPT's loss on Tiny Shakespeare, first and again with compiled code cached."""
     prepared = (ROOT / 'data' / 'shakespeare_char' / 'train.bin').is_file()
     if not prepared and not check.config.input:
-        raise NotHere('data/shakespeare_char is not prepared: prepare it, or give the text with --input')
+        raise NotHere(
+            'data/shakespeare_char is not prepared: prepare it, or give the text with --input'
+        )
     config = measured(check, mode='loss', input='' if prepared else check.config.input)
-    found = {name: sides['ours'] for name, sides in figures(bench.measure_loss, config, check).items()}
+    found = {
+        name: sides['ours'] for name, sides in figures(bench.measure_loss, config, check).items()
+    }
     target = 1.4697 if check.device.type == 'cuda' else 1.88
-    said = f'{found["train_s"]:.1f} s of training to {found["val_loss"]:.4f} (whole command {found["wall_s"]:.0f} s, again {found["warm_wall_s"]:.0f} s)'
+    said = f'{found["train_s"]:.1f} s of training to {found["val_loss"]:.4f} '
+    said += f'(whole command {found["wall_s"]:.0f} s, again {found["warm_wall_s"]:.0f} s)'
     if found['val_loss'] > target:
         raise Failed(f'{said}: expected {target}')
     return said
 
 
 def decoding_speed(check: Check, compiled: bool = False, quantize: Any = None) -> str:
-    """One text at a time: tokens a second, and the weights read as a share of the measured memory bandwidth."""
+    """One text at a time: tokens a second, and weights read as a share of memory bandwidth."""
     if compiled and (check.device.type != 'cuda' or can_compile(check.device)):
-        raise NotHere(can_compile(check.device) if check.device.type == 'cuda' else 'generation is compiled on CUDA only')
+        raise NotHere(
+            can_compile(check.device)
+            if check.device.type == 'cuda'
+            else 'generation is compiled on CUDA only'
+        )
     config = measured(check, mode='sample', compile=compiled, quantize=quantize)
-    found = {name: sides['ours'] for name, sides in figures(bench.measure_sample, config, check, 200).items()}
-    return f'{size_name(check)}: {found["tokens_per_s"]:,.0f} tokens/s, {100 * found["share_of_bandwidth"]:.0f}% of the measured memory bandwidth'
+    found = {
+        name: sides['ours']
+        for name, sides in figures(bench.measure_sample, config, check, 200).items()
+    }
+    speed, share = found['tokens_per_s'], found['share_of_bandwidth']
+    return f'{size_name(check)}: {speed:,.0f} tokens/s, {100 * share:.0f}% of the memory bandwidth'
 
 
 Work = Callable[[Check], str]
-# name, work, and the seconds that it may take; the work is a function that another process can find by its name
+# Name, work, and the seconds that it may take. Another process finds the work by its name.
 ROWS: list[tuple[str, Work, float]] = [
     ('environment', environment, 60),
     ('CPU reference', cpu_reference, 60),
@@ -350,13 +436,16 @@ ROWS: list[tuple[str, Work, float]] = [
 
 
 def work(connection: Connection, check: Check, log: str) -> None:
-    """The process that runs rows: gets their names and work, gives back status and text. What they print goes into the log."""
+    """The child process: gets rows' names and work, sends back status and text.
+
+    What rows print goes into the log.
+    """
     if hasattr(os, 'setsid'):  # not on Windows
         os.setsid()  # the processes that a row starts are ended with this one
     parent = os.getppid()
 
     def watch() -> None:
-        """End this process and its own when the one that started it is gone: nobody would end a row that hangs."""
+        """End this process and its children once its parent is gone: a row may hang."""
         while os.getppid() == parent:
             time.sleep(1)
         os.killpg(0, signal.SIGKILL)
@@ -379,7 +468,10 @@ def work(connection: Connection, check: Check, log: str) -> None:
             answer = 'FAIL', str(result)
         except BaseException as error:  # whatever it is, it is this row's result
             traceback.print_exc()
-            answer = 'ERROR', f'{type(error).__name__}: {next(iter(str(error).strip().splitlines()), "no message")[:200]}'
+            answer = (
+                'ERROR',
+                f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0][:200]}',
+            )
         connection.send(answer)
 
 
@@ -395,7 +487,9 @@ class Worker:
         if self.process is None:
             context = multiprocessing.get_context('spawn')
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=work, args=(theirs, self.check, self.log), daemon=False)
+            self.process = context.Process(
+                target=work, args=(theirs, self.check, self.log), daemon=False
+            )
             self.process.start()
             theirs.close()
         try:
@@ -407,7 +501,11 @@ class Worker:
         except (EOFError, OSError):
             self.process.join(10)
             answer = 'CRASH', f'the process ended with exit status {self.process.exitcode}'
-        if answer[0] in ('ERROR', 'TIMEOUT', 'CRASH'):  # after some errors of CUDA nothing works in a process any more
+        if answer[0] in (
+            'ERROR',
+            'TIMEOUT',
+            'CRASH',
+        ):  # after some errors of CUDA nothing works in a process any more
             self.kill()
         return answer
 
@@ -431,21 +529,34 @@ class Worker:
 
 def main() -> None:
     """Run the rows, and print a line for each."""
-    config = configure(CheckConfig, description='Check training, resuming and generation on a GPU, and measure speed.')
+    config = configure(
+        CheckConfig,
+        description='Check training, resuming and generation on a GPU, and measure speed.',
+    )
     try:
         device = pick_device(config.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    wanted = None if config.rows is None else (*config.rows, 'CPU reference')  # which the others compare with
+    wanted = (
+        None if config.rows is None else (*config.rows, 'CPU reference')
+    )  # which the others compare with
     chosen = [row for row in ROWS if wanted is None or row[0].startswith(wanted)]
     if config.rows and not any(row[0].startswith(tuple(config.rows)) for row in ROWS):
-        raise UserError(f'rows={",".join(config.rows or [])}: no such row; the rows: {", ".join(name for name, _, _ in ROWS)}')
+        raise UserError(
+            f'rows={",".join(config.rows)}: no such row; the rows: {", ".join(row[0] for row in ROWS)}'
+        )
     if config.peer and not os.path.isfile(os.path.join(config.peer, 'train.py')):
         raise UserError(f'peer={config.peer}: not a nanoGPT checkout (it has no train.py)')
-    for number in (getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # the worker is ended, too
+    for number in (
+        getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)
+    ):
+        signal.signal(
+            number, lambda number, frame: sys.exit(128 + number)
+        )  # the worker is ended, too
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS is deterministic with it
-    sys.warnoptions.append('ignore:resource_tracker:UserWarning')  # a process that is killed cleans nothing up, as expected
+    sys.warnoptions.append(
+        'ignore:resource_tracker:UserWarning'
+    )  # a process that is killed cleans nothing up, as expected
     os.makedirs(config.out_dir, exist_ok=True)
     table_path, log = (os.path.join(config.out_dir, name) for name in ('table.txt', 'log.txt'))
     for path in (table_path, log):
@@ -470,12 +581,16 @@ def main() -> None:
                 else:
                     status, text = worker.run(name, row, min(limit, left))
                     if status == 'TIMEOUT' and left < limit:
-                        status, text = 'not run', f'the {config.minutes:g} minutes ended while it ran'
+                        status, text = (
+                            'not run',
+                            f'the {config.minutes:g} minutes ended while it ran',
+                        )
                 counts[status] = counts.get(status, 0) + 1
                 say(f'{name:<30}{status:<9}{time.monotonic() - began:>8.1f}  {text}')
         finally:
             worker.close()
-    say(f'{", ".join(f"{number} {status}" for status, number in counts.items())} in {time.monotonic() - started:.0f} s; details: {log}')
+    summary = ', '.join(f'{number} {status}' for status, number in counts.items())
+    say(f'{summary} in {time.monotonic() - started:.0f} s; details: {log}')
     if counts.keys() & {'FAIL', 'ERROR', 'TIMEOUT', 'CRASH'}:
         sys.exit(1)
 

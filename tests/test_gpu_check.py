@@ -1,4 +1,4 @@
-"""The GPU check's logic on a CPU, and what chooses settings for a GPU, with the GPU's answers made up."""
+"""The GPU check's logic on a CPU, and choices for GPUs whose answers are made up."""
 
 import os
 import subprocess
@@ -13,9 +13,18 @@ import machine
 import train as trainer
 from model import Int8Linear
 from tests.conftest import ROOT, script
-from tests.gpu_check import ROWS, Check, CheckConfig, Failed, NotHere, Worker, cpu_reference, training
+from tests.gpu_check import (
+    ROWS,
+    Check,
+    CheckConfig,
+    Failed,
+    NotHere,
+    Worker,
+    cpu_reference,
+    training,
+)
 
-# A sitecustomize.py that hides all packages but those that the check may need, and what they need themselves
+# A sitecustomize.py that hides all packages but those that the check needs, and what they need
 HIDE = """
 import importlib.machinery, importlib.metadata, re, sys
 
@@ -32,18 +41,28 @@ while names:
 class OnlyAllowed(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        owners = {o.lower().replace('_', '-').replace('.', '-') for o in packages.get(name.partition('.')[0], ())}
+        owners = packages.get(name.partition('.')[0], ())
+        owners = {o.lower().replace('_', '-').replace('.', '-') for o in owners}
         return super().find_spec(name, path, target) if not owners or owners & allowed else None
 
 packages = importlib.metadata.packages_distributions()
-sys.meta_path = [OnlyAllowed if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+sys.meta_path = [
+    OnlyAllowed if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path
+]
 """
 
 
 def check_on_cpu(tmp_path, *words, timeout=120):
     """The table's rows, by name: (result, text)."""
     (tmp_path / 'sitecustomize.py').write_text(HIDE)
-    done = script('tests/gpu_check.py', '--device=cpu', f'--out_dir={tmp_path / "out"}', *words, timeout=timeout, PYTHONPATH=tmp_path)
+    done = script(
+        'tests/gpu_check.py',
+        '--device=cpu',
+        f'--out_dir={tmp_path / "out"}',
+        *words,
+        timeout=timeout,
+        PYTHONPATH=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / 'out' / 'table.txt').read_text() == done.stdout
     lines = done.stdout.splitlines()[1:-1]
@@ -51,16 +70,30 @@ def check_on_cpu(tmp_path, *words, timeout=120):
 
 
 def test_every_row_with_the_packages_of_a_gpu_machine(tmp_path):
-    names = [name for name, _, _ in ROWS if not (name.startswith('train') and name.endswith('compiled'))]  # half a minute each: below
+    names = [
+        name for name, _, _ in ROWS if not (name.startswith('train') and name.endswith('compiled'))
+    ]  # half a minute each: below
     found = check_on_cpu(tmp_path, f'--rows={",".join(names)}')
     assert list(found) == names
     not_here = {name for name, (result, _) in found.items() if result == 'not here'}
-    assert not_here <= {'train float16 eager', 'speed: Tiny Shakespeare', 'speed: decoding compiled', 'speed: decoding compiled int8'}
+    assert not_here <= {
+        'train float16 eager',
+        'speed: Tiny Shakespeare',
+        'speed: decoding compiled',
+        'speed: decoding compiled int8',
+    }
     assert all(result == 'ok' for name, (result, _) in found.items() if name not in not_here), found
     assert found['train float32 eager'][1].endswith('off by 0.0000 at most (0.02 allowed)')
-    assert found['generate eager'][1].startswith("360 of 360 tokens are the CPU's, logits off by 0.0e+00")
+    assert found['generate eager'][1].startswith(
+        "360 of 360 tokens are the CPU's, logits off by 0.0e+00"
+    )
     assert found['server: batch invariance'][1].startswith('12 of 12')
-    hidden = subprocess.run([sys.executable, '-c', 'import fastapi'], env=os.environ | {'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True)
+    hidden = subprocess.run(
+        [sys.executable, '-c', 'import fastapi'],
+        env=os.environ | {'PYTHONPATH': str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert 'No module named' in hidden.stderr
 
 
@@ -68,13 +101,18 @@ def test_every_row_with_the_packages_of_a_gpu_machine(tmp_path):
 def test_all_rows_within_five_minutes(tmp_path):
     started = time.monotonic()
     found = check_on_cpu(tmp_path, timeout=330)
-    assert len(found) == len(ROWS) and {result for result, _ in found.values()} <= {'ok', 'not here'}
+    assert len(found) == len(ROWS) and {result for result, _ in found.values()} <= {
+        'ok',
+        'not here',
+    }
     assert time.monotonic() - started < 300
 
 
 def test_rows_for_which_no_time_is_left(tmp_path):
     found = check_on_cpu(tmp_path, '--minutes=0.01')
-    assert set(found.values()) == {('not run', 'the 0.01 minutes are over')} and len(found) == len(ROWS)
+    assert set(found.values()) == {('not run', 'the 0.01 minutes are over')} and len(found) == len(
+        ROWS
+    )
 
 
 # Rows that break; the worker's process finds them by their names
@@ -99,7 +137,13 @@ def crashes(check):
 
 
 def hangs(check):
-    subprocess.Popen([sys.executable, '-c', f'import time; time.sleep(30); open({check.folder!r} + "/late", "w")'])
+    subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            f'import time; time.sleep(30); open({check.folder!r} + "/late", "w")',
+        ]
+    )
     time.sleep(60)
 
 
@@ -111,10 +155,16 @@ def test_no_failure_stops_the_check(tmp_path):
         assert worker.run('not here', not_here, 60) == ('not here', 'no such thing')
         assert worker.run('wrong', wrong, 60) == ('FAIL', '1 is not 2')
         assert worker.run('good', good, 60) == first  # a wrong result breaks nothing
-        assert worker.run('broken', broken, 60) == ('ERROR', 'RuntimeError: CUDA error: an illegal memory access was encountered')
+        assert worker.run('broken', broken, 60) == (
+            'ERROR',
+            'RuntimeError: CUDA error: an illegal memory access was encountered',
+        )
         second = worker.run('good', good, 60)
         assert second[0] == 'ok' and second != first  # after an error, another process
-        assert worker.run('crashes', crashes, 60) == ('CRASH', 'the process ended with exit status 9')
+        assert worker.run('crashes', crashes, 60) == (
+            'CRASH',
+            'the process ended with exit status 9',
+        )
         assert worker.run('hangs', hangs, 20) == ('TIMEOUT', 'took more than 20 s')
     finally:
         worker.close()
@@ -133,7 +183,9 @@ def test_what_was_not_compiled_is_no_compiled_row(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs Linux')
 def test_the_worker_ends_with_the_check(tmp_path):
     words = ['tests/gpu_check.py', '--device=cpu', f'--out_dir={tmp_path}']
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     while not process.stdout.readline().startswith('environment'):
         pass
@@ -141,7 +193,9 @@ def test_the_worker_ends_with_the_check(tmp_path):
     process.terminate()
     assert process.wait(20) == 143
     deadline = time.monotonic() + 20
-    while any(os.path.exists(f'/proc/{worker}') for worker in workers) and time.monotonic() < deadline:
+    while (
+        any(os.path.exists(f'/proc/{worker}') for worker in workers) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert workers and not any(os.path.exists(f'/proc/{worker}') for worker in workers)
 
@@ -177,11 +231,18 @@ def test_devices_by_name(gpu):
         machine.pick_device('cuda:2')
 
 
-@pytest.mark.parametrize('capability, dtype', [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+@pytest.mark.parametrize(
+    'capability, dtype',
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)],
+)
 def test_dtype_by_capability(gpu, capability, dtype):
     gpu(*capability)
     device = torch.device('cuda')
-    assert machine.pick_dtype('auto', device, large=True) == machine.pick_dtype('auto', device, large=False) == dtype
+    assert (
+        machine.pick_dtype('auto', device, large=True)
+        == machine.pick_dtype('auto', device, large=False)
+        == dtype
+    )
     assert machine.pick_dtype('float32', device) == torch.float32
 
 
@@ -219,7 +280,10 @@ def test_int8_on_a_gpu_converts_the_weights():
 
 
 def test_windows_that_fit_a_gpu(monkeypatch):
-    """Peaks of 3 and 5 GB for one and two sequences, and 80 GB free: 12 bytes a parameter are left for gradients and optimizer states."""
+    """Peaks of 3 and 5 GB for one and two sequences, and 80 GB free.
+
+    12 bytes a parameter are left for gradients and optimizer states.
+    """
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -242,6 +306,8 @@ def test_windows_that_fit_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     fit = 1 + int((0.9 * 80e9 - 12e6 - 3e9) / 2e9)
     assert fit == 35
-    assert trainer.windows_that_fit(Model(), 1000, None) == 35  # 29 passes of at most 35: equal parts
+    assert (
+        trainer.windows_that_fit(Model(), 1000, None) == 35
+    )  # 29 passes of at most 35: equal parts
     peaks = iter((4 * 10**9, 6 * 10**9))
     assert trainer.windows_that_fit(Model(), 40, None) == 20

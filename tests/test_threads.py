@@ -58,18 +58,28 @@ def test_quota_of_control_groups_version_1(tmp_path):
     group(tmp_path, 'proc/self', cgroup='4:memory:/a\n1:cpu,cpuacct:/docker/abc\n0::/\n')
     group(tmp_path, 'sys/fs/cgroup/cpu', cpu__cfs_quota_us='-1\n', cpu__cfs_period_us='100000\n')
     assert threads.cpu_quota(str(tmp_path)) == math.inf
-    group(tmp_path, 'sys/fs/cgroup/cpu', cpu__cfs_quota_us='150000\n')  # a container sees its own group as the root
+    group(
+        tmp_path, 'sys/fs/cgroup/cpu', cpu__cfs_quota_us='150000\n'
+    )  # a container sees its own group as the root
     assert threads.cpu_quota(str(tmp_path)) == 1.5
 
 
-@pytest.mark.parametrize('text', ['', 'max', 'max 100000', 'lots 100000', '100000', '100000 0', '0 100000', '1 2 3'])
+@pytest.mark.parametrize(
+    'text', ['', 'max', 'max 100000', 'lots 100000', '100000', '100000 0', '0 100000', '1 2 3']
+)
 def test_no_quota_in_odd_files(tmp_path, text):
-    group(tmp_path, 'proc/self', cgroup='no colons\n0::/a b:c/\udce9\n'.encode('utf-8', 'surrogateescape').decode('latin-1'))
+    group(
+        tmp_path,
+        'proc/self',
+        cgroup='no colons\n0::/a b:c/\udce9\n'.encode('utf-8', 'surrogateescape').decode('latin-1'),
+    )
     group(tmp_path, 'sys/fs/cgroup', cpu__max=text)
     assert threads.cpu_quota(str(tmp_path)) == math.inf
 
 
-@pytest.mark.parametrize('text, number', [('', 7), ('0', 7), ('two', 7), ('1.0', 7), ('²', 7), (' 2', 2), ('4,2', 4)])
+@pytest.mark.parametrize(
+    'text, number', [('', 7), ('0', 7), ('two', 7), ('1.0', 7), ('²', 7), (' 2', 2), ('4,2', 4)]
+)
 def test_numbers_in_the_environment(monkeypatch, text, number):
     monkeypatch.setenv('OMP_NUM_THREADS', text)
     assert threads.positive_number('OMP_NUM_THREADS', 7) == number
@@ -82,7 +92,9 @@ def test_cores_follow_quota_and_affinity(monkeypatch):
         monkeypatch.setattr(threads, 'cpu_quota', lambda quota=quota: quota)
         assert threads.usable_cores() == cores
     monkeypatch.setattr(threads, 'cpu_quota', lambda: math.inf)
-    monkeypatch.setattr(threads, 'read', lambda path: '0,2' if 'cpu0' in path or 'cpu2' in path else '1,3')
+    monkeypatch.setattr(
+        threads, 'read', lambda path: '0,2' if 'cpu0' in path or 'cpu2' in path else '1,3'
+    )
     assert threads.usable_cores() == 2  # two threads of a core are one core
 
 
@@ -93,8 +105,18 @@ def test_cores_follow_quota_and_affinity(monkeypatch):
         (3.6, {}, {}, 'spin while waiting (3.6 of 4 CPUs idle)'),
         (3.0, {}, {'OMP_WAIT_POLICY': 'PASSIVE'}, 'sleep while waiting (3.0 of 4 CPUs idle)'),
         (3.0, {'OMP_NUM_THREADS': '2'}, {}, 'spin while waiting (3.0 of 4 CPUs idle)'),
-        (4.0, {'OMP_NUM_THREADS': '3,2', 'LOCAL_WORLD_SIZE': '2'}, {'OMP_WAIT_POLICY': 'PASSIVE'}, 'sleep while waiting (4.0 of 4 CPUs idle)'),
-        (3.0, {'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'}, {}, 'spin while waiting (4.0 of 4 CPUs idle)'),  # the other one is importing
+        (
+            4.0,
+            {'OMP_NUM_THREADS': '3,2', 'LOCAL_WORLD_SIZE': '2'},
+            {'OMP_WAIT_POLICY': 'PASSIVE'},
+            'sleep while waiting (4.0 of 4 CPUs idle)',
+        ),
+        (
+            3.0,
+            {'OMP_NUM_THREADS': '2', 'LOCAL_WORLD_SIZE': '2'},
+            {},
+            'spin while waiting (4.0 of 4 CPUs idle)',
+        ),  # the other one is importing
         (0.0, {'OMP_NUM_THREADS': '1'}, {}, ''),
         (0.0, {'GOMP_SPINCOUNT': '7'}, {}, 'follow GOMP_SPINCOUNT=7'),
         (0.0, {'OMP_WAIT_POLICY': 'ACTIVE'}, {}, 'follow OMP_WAIT_POLICY=ACTIVE'),
@@ -122,7 +144,9 @@ def test_a_busy_moment_does_not_decide(monkeypatch, no_policy):
 
 @pytest.mark.skipif(not os.path.exists('/proc/stat'), reason='needs Linux')
 def test_idle_cpus_counts_a_busy_process():
-    busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in threads.usable_cpus()]
+    busy = [
+        subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in threads.usable_cpus()
+    ]
     try:
         assert threads.idle_cpus(0.3) < 0.5
     finally:
@@ -132,7 +156,11 @@ def test_idle_cpus_counts_a_busy_process():
 
 
 def test_torch_that_was_loaded_before_keeps_its_threads():
-    code = 'import os, torch; torch.set_num_threads(3); import threads; print(threads.WAITING, torch.get_num_threads())'
+    code = """
+import torch
+torch.set_num_threads(3)
+import threads
+print(threads.WAITING, torch.get_num_threads())"""
     assert script('-c', code).stdout.split() == ['3']
 
 
@@ -140,8 +168,13 @@ def test_the_policy_is_set_while_torch_loads_and_not_inherited(tmp_path):
     (tmp_path / 'torch.py').write_text('import os\npolicy = os.environ.get("OMP_WAIT_POLICY")\n')
     code = 'import os, threads, torch; print(torch.policy, os.environ.get("OMP_WAIT_POLICY"))'
     environment = {k: v for k, v in os.environ.items() if k not in threads.POLICY_VARIABLES}
-    environment |= {'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1000'}  # more than any machine has idle
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment |= {
+        'PYTHONPATH': str(tmp_path),
+        'OMP_NUM_THREADS': '1000',
+    }  # more than any machine has idle
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.stdout.split() == ['PASSIVE', 'None'], done.stderr
 
 
@@ -158,7 +191,7 @@ def test_a_log_names_threads_and_cores(monkeypatch, threads_restored):
 
 
 def test_every_entry_point_imports_threads_before_torch():
-    """What imports torch, itself or through another module of ours, comes after `import threads`."""
+    """What imports torch, itself or through a module of ours, comes after `import threads`."""
 
     def imported(path: Path) -> list[str]:
         found = []
@@ -193,8 +226,12 @@ def test_resuming_keeps_the_threads(chars, tmp_path, threads_restored):
     assert torch.get_num_threads() == 2  # what comes after is as before
     train(tiny(chars, tmp_path, '--max_iters=4', '--init_from=resume'))
     assert threads_in(tmp_path) == (1, 1)
-    assert json.loads((tmp_path / 'config.json').read_text())['threads'] == 'auto'  # nobody asked for a number
-    train(tiny(chars, tmp_path, '--max_iters=6', '--init_from=resume', '--threads=3'))  # asked for, it counts
+    assert (
+        json.loads((tmp_path / 'config.json').read_text())['threads'] == 'auto'
+    )  # nobody asked for a number
+    train(
+        tiny(chars, tmp_path, '--max_iters=6', '--init_from=resume', '--threads=3')
+    )  # asked for, it counts
     assert threads_in(tmp_path) == (3, 1)
     assert json.loads((tmp_path / 'config.json').read_text())['threads'] == 3
     train(tiny(chars, tmp_path, '--max_iters=8', '--init_from=resume', '--threads=auto'))
@@ -211,22 +248,45 @@ def test_other_numbers_of_processes_do_not_keep_the_threads(chars, tmp_path, thr
 
 
 def test_resume_is_exact_whatever_the_load(chars, tmp_path):
-    """A run of 20 steps, and one that was stopped at 10 and resumed with threads that wait in another way, on fewer CPUs."""
+    """A run of 20 steps, and one resumed at 10 with threads that wait in another way."""
     options = vars(tiny(chars, tmp_path, '--threads=2', '--lr_decay_iters=20'))
-    words = ['train.py', *(f'--{k}={v}' for k, v in options.items() if v is not None and k not in ('given', 'out_dir', 'max_iters'))]
+    words = [
+        'train.py',
+        *(
+            f'--{k}={v}'
+            for k, v in options.items()
+            if v is not None and k not in ('given', 'out_dir', 'max_iters')
+        ),
+    ]
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    assert 'done' in script(*words, f'--out_dir={whole}', '--max_iters=20', OMP_WAIT_POLICY='ACTIVE').stdout
-    assert 'done' in script(*words, f'--out_dir={parts}', '--max_iters=10', OMP_WAIT_POLICY='ACTIVE').stdout
+    assert (
+        'done'
+        in script(*words, f'--out_dir={whole}', '--max_iters=20', OMP_WAIT_POLICY='ACTIVE').stdout
+    )
+    assert (
+        'done'
+        in script(*words, f'--out_dir={parts}', '--max_iters=10', OMP_WAIT_POLICY='ACTIVE').stdout
+    )
     words = [word for word in words if not word.startswith('--threads')]
     command = [*words, f'--out_dir={parts}', '--max_iters=20', '--init_from=resume']
     done = script(*command, OMP_WAIT_POLICY='PASSIVE', OMP_NUM_THREADS='1')
-    assert 'cpu, 2 threads' in done.stdout, done.stderr  # the environment's number counts for new runs only
-    states = [checkpoint.load_from(str(out), best=False, optimizer=True)[1] for out in (whole, parts)]
+    assert 'cpu, 2 threads' in done.stdout, (
+        done.stderr
+    )  # the environment's number counts for new runs only
+    states = [
+        checkpoint.load_from(str(out), best=False, optimizer=True)[1] for out in (whole, parts)
+    ]
     for name, weight in states[0]['model'].items():
         assert torch.equal(weight, states[1]['model'][name]), name
 
 
-@pytest.mark.parametrize('words, message', [('--threads=0', 'expected auto, or 1 to 1024'), ('--threads=all', 'expected one of auto or a whole number')])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ('--threads=0', 'expected auto, or 1 to 1024'),
+        ('--threads=all', 'expected one of auto or a whole number'),
+    ],
+)
 def test_threads_that_cannot_be(capsys, words, message):
     assert message in mistake(capsys, main, words)
     assert message in mistake(capsys, sample.main, words)
@@ -252,7 +312,7 @@ FLAGS = threads.read('/proc/cpuinfo').partition('\nflags')[2].partition('\n')[0]
 
 
 def ask(**environment) -> tuple[bool, bool, float]:
-    """Whether bfloat16 and int8 are fast, and the error of int8 layers, in a process with this environment."""
+    """Are bfloat16 and int8 fast in this environment, and how large is the error of int8 layers?"""
     bf16, int8, error = script('-c', ASK, **environment).stdout.split()
     return bf16 == 'True', int8 == 'True', float(error)
 
@@ -267,7 +327,7 @@ def test_fast_formats_are_those_the_processor_has_instructions_for():
 
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='needs x86')
 def test_no_fast_formats_without_instructions_for_them():
-    """oneDNN limited to AVX2: there its int8 products overflow (an error of 0.13 in these layers), and bfloat16 is emulated."""
+    """Limited to AVX2, oneDNN's int8 products overflow (an error of 0.13), bfloat16 is emulated."""
     bf16, int8, error = ask(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2')
     assert (bf16, int8) == (False, False)
     assert error < 0.02
@@ -278,7 +338,10 @@ def test_a_note_where_int8_is_no_faster(trained, capsys, monkeypatch):
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: {1: 1.5, 3: 0.5}[rows])
     sample.load_model(config)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('note')]
-    assert said == ['note: quantize=int8 saves memory, but brings little or no speedup over float32 here: 0.50 times as fast for 3 at once']
+    assert said == [
+        'note: quantize=int8 saves memory, but brings little or no speedup over float32 here: '
+        '0.50 times as fast for 3 at once'
+    ]
     monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: 1.5)
     sample.load_model(config)
     assert 'note' not in capsys.readouterr().err
