@@ -787,7 +787,7 @@ def gradient_norms(model: Any, x: torch.Tensor, y: torch.Tensor, autocast: Any) 
         with autocast:
             loss = model(x, y) * y.numel()  # the sum: gradients of the mean could underflow in float16
         loss.backward()
-        return [float(p.grad.norm()) / len(y) for p in model.parameters() if p.grad is not None]
+        return [0.0 if p.grad is None else float(p.grad.norm()) / len(y) for p in model.parameters()]
     finally:
         model.zero_grad(set_to_none=True)
 
