@@ -6,7 +6,7 @@
     python bench.py --mode=sample --peer=../nanoGPT --batch=16 --tokens=200
     python bench.py --mode=sample --peer=transformers
     python bench.py --compare out-a out-b                                 (two runs that are there already, side by side)
-    python bench.py --mode=serve --out_dir=out-darklyrics                 (serve.py with 1, 8 and 64 clients, beside generate's one text after another)
+    python bench.py --mode=serve --out_dir=out-darklyrics                 (lyregpt/serve.py with 1, 8 and 64 clients, beside generate's one text after another)
 
 Every figure comes from a process of its own. With --peer, ours and theirs run in turn (A B A B …) and the table gives
 medians, the range, and the ratio pair by pair: on a noisy machine the ratios hold where the seconds do not. Before each
@@ -26,9 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import report
 from configurator import UserError, configure, run
-from dataset import write_whole
+from lyregpt import report
+from lyregpt.dataset import write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # nanoGPT's README, for a CPU
@@ -141,7 +141,7 @@ if '--device=cpu' not in words:
 
 OURS_SAMPLE = """
 import sample, torch
-from machine import copy_bandwidth, pick_device
+from lyregpt.device import copy_bandwidth, pick_device
 from model import GPT, GPTConfig
 torch.manual_seed(1337)
 device = pick_device(device)
@@ -189,9 +189,9 @@ result = {'tokens_per_s': batch * tokens / (time.perf_counter() - t)}
 
 OURS_MEMORY = """
 import train, torch
-from machine import pick_device, pick_dtype
+from lyregpt.device import pick_device, pick_dtype
 from model import GPT, GPTConfig
-from optimizer import configure_optimizers
+from lyregpt.optim import configure_optimizers
 device = pick_device(device)
 def used():
     if device.type == 'cuda':
@@ -227,11 +227,12 @@ result = {'before_mb': marks[0], 'weights_mb': weights, 'gradients_mb': gradient
 
 OURS_SAVE = """
 import os, tempfile, statistics
-import threads, torch
-import checkpoint
-from machine import keep_freed_memory, pick_device, pick_dtype
+from lyregpt import threads
+import torch
+from lyregpt import checkpoint
+from lyregpt.device import keep_freed_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from optimizer import configure_optimizers
+from lyregpt.optim import configure_optimizers
 device = pick_device(device)
 if device.type == 'cpu':
     keep_freed_memory()
@@ -269,8 +270,9 @@ result = {'step_s': usual, 'checkpoint_mb': size / 1e6, 'training_thread_held_s_
 """
 
 CEILING = """
-import threads, torch
-from machine import copy_bandwidth, matmul_ceiling, pick_device
+from lyregpt import threads
+import torch
+from lyregpt.device import copy_bandwidth, matmul_ceiling, pick_device
 device = pick_device(device)
 result = {f'{name}_gflop_per_s': matmul_ceiling(device, getattr(torch, name)) / 1e9 for name in ('float32', 'bfloat16')}
 result['copy_gb_per_s'] = copy_bandwidth(device) / 1e9
@@ -278,7 +280,7 @@ result['copy_gb_per_s'] = copy_bandwidth(device) / 1e9
 
 BATCH_TIME = """
 import os, tempfile, numpy as np, statistics
-from dataset import Split
+from lyregpt.dataset import Split
 result = {}
 with tempfile.TemporaryDirectory() as folder:
     for name, size in (('1_mb', 10**6), ('1_gb', 10**9), ('100_gb', 10**11 if os.name != 'nt' else 10**9)):  # NTFS would fill them
@@ -452,7 +454,7 @@ def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) 
     """Tokens a second of `generate`, beside the peer's sample.py or transformers."""
     import torch
 
-    from machine import can_compile, pick_dtype
+    from lyregpt.device import can_compile, pick_dtype
 
     large = config.size == 'gpt2' and not config.quantize
     dtype = str(pick_dtype(config.dtype, torch.device(device), large)).removeprefix('torch.')
@@ -613,13 +615,13 @@ async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seco
 
 
 def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
-    """serve.py with 1, 8 and 64 clients that stream, each answer compared with the same request's alone; its memory before and after.
+    """lyregpt/serve.py with 1, 8 and 64 clients that stream, each answer compared with the same request's alone; its memory before and after.
 
     Raises UserError if it does not start.
     """
     starts = ('The rain', 'A stone in the', '', 'We sang until the lamp went out and', 'Nobody')
     asked = [dict(prompt=starts[i % len(starts)], max_tokens=config.tokens, temperature=1.0, seed=i) for i in range(64)]
-    words = ['serve.py', f'--out_dir={config.out_dir}', f'--device={device}', f'--dtype={config.dtype}', '--port=0', f'--quantize={config.quantize}']
+    words = ['-m', 'lyregpt', 'serve', f'--out_dir={config.out_dir}', f'--device={device}', f'--dtype={config.dtype}', '--port=0', f'--quantize={config.quantize}']
     log = tempfile.TemporaryFile('w+')
     server = subprocess.Popen([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, stderr=log, text=True)
     assert server.stdout
@@ -627,7 +629,7 @@ def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
         if 'http' not in (line := server.stdout.readline()):
             server.wait()
             log.seek(0)
-            raise UserError(f'serve.py did not start: {log.read().strip()}')
+            raise UserError(f'lyregpt serve did not start: {log.read().strip()}')
         port = int(line.split(';')[0].split()[1].rsplit(':', 1)[1])
         expected = [asyncio.run(ask(port, request))[0] for request in asked]
         for clients in (1, 8, 64):
@@ -665,7 +667,7 @@ def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
 
 
 def show_two(config: BenchConfig) -> None:
-    """Two runs side by side. Their curves over one another are in serve.py's page, under Watch."""
+    """Two runs side by side. Their curves over one another are in lyregpt/serve.py's page, under Watch."""
     a, b = (report.read_run(out_dir) for out_dir in config.compare or ())
     rows, remarks = report.compare(a, b)
     wide = [max(len(row[i]) for row in [('', a.out_dir, b.out_dir), *rows]) for i in range(3)]
@@ -691,12 +693,12 @@ def main() -> None:
     if config.compare:
         show_two(config)
         return
-    import threads  # before torch
+    from lyregpt import threads  # before torch
 
     # isort: split
     import torch
 
-    from machine import matmul_ceiling, pick_device
+    from lyregpt.device import matmul_ceiling, pick_device
 
     try:
         device = str(pick_device(config.device))

@@ -5,7 +5,7 @@ Two presets, every part of which can be overridden:
 - arch='modern' (default): RMSNorm before and RoPE in attention, QK-norm, grouped-query attention, SwiGLU, no biases,
   zero-initialised output projections: the Qwen3 architecture (Qwen team 2025), so that common runtimes load it.
 
-pretrained.py takes the weights of either from Hugging Face's files; export.py is the way back. encoder_decoder.py builds the original
+lyregpt/pretrained.py takes the weights of either from Hugging Face's files; lyregpt/export.py is the way back. examples/seq2seq/encoder_decoder.py builds the original
 Transformer of the same parts.
 
 Shapes in comments: B sequences, T tokens each, C = n_embd, H heads of D = head_dim (mostly C / H), V the vocabulary.
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from machine import fast_int8, is_sharded, put
+from lyregpt.device import fast_int8, is_sharded, put
 
 PRESETS: dict[str, dict[str, Any]] = {
     'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
@@ -152,7 +152,7 @@ class KVCache:
     `length` tokens of each row are filled in; `pad` (B,) counts the empty places on the left of shorter prompts, or is
     None when all rows are equally long. `place` is None, or the place (1,) of the next token as a tensor: then `update`
     gives out the whole room, whose shape never changes, so that a compiled step or a CUDA graph serves every token. A place
-    of its own for each row, (B, 1), makes texts of any length neighbours (engine.py).
+    of its own for each row, (B, 1), makes texts of any length neighbours (lyregpt/engine.py).
     """
 
     def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):

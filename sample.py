@@ -22,20 +22,20 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
-import threads  # before torch: it decides how torch's threads wait
+from lyregpt import threads  # before torch: it decides how torch's threads wait
 
 # isort: split
 import torch
 import torch.nn as nn
 
-import checkpoint
 from configurator import UserError, configure, run
-from dataset import song_head
-from machine import can_compile, pick_device, pick_dtype
+from lyregpt import checkpoint
+from lyregpt.dataset import song_head
+from lyregpt.device import can_compile, pick_device, pick_dtype
+from lyregpt.originality import Avoid, Index, index_of
+from lyregpt.pretrained import from_pretrained, is_pretrained
+from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT, Int8Linear, check_sampling, packed
-from originality import Avoid, Index, index_of
-from pretrained import from_pretrained, is_pretrained
-from tokenizer import Tokenizer, of_pretrained
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SampleConfig:
 
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
-    init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a Hugging Face folder (GPT-2, Qwen3; export.py makes them)
+    init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a Hugging Face folder (GPT-2, Qwen3; lyregpt/export.py makes them)
     # What to continue
     start: str = ''  # the text to continue, or FILE:prompt.txt; '': the beginning of a new document
     artist: str = ''  # for a model of lyrics: a song in the manner of this artist
@@ -60,7 +60,7 @@ class SampleConfig:
     stop_at_end: bool = True  # stop where the model ends the document; False: go on with another one
     seed: int = 1337  # sample i is drawn with seed + i
     # Is it new
-    originality: bool = False  # after each sample, how much of it stands in the training split (see originality.py); json: offsets into prompt + text
+    originality: bool = False  # after each sample, how much of it stands in the training split (see lyregpt/originality.py); json: offsets into prompt + text
     avoid_copying: int | None = None  # never write so many words in a row that stand in the training split; 0 is off, else at least 2
     dataset: str = ''  # where that training split is: a folder, or a name under data/; '': where it was when the model was trained
     # How to show it
@@ -244,9 +244,9 @@ def main() -> None:
     training = cache(lambda: index_of(about.get('config', {}), config.dataset))
     if not config.interactive:
         return write(model, tokenizer, config, training)
-    import interactive  # only here: its library takes a while to load
+    from lyregpt import repl  # only here: its library takes a while to load
 
-    interactive.Session(config, tokenizer, partial(begin, model, tokenizer, training=training), training).run()
+    repl.Session(config, tokenizer, partial(begin, model, tokenizer, training=training), training).run()
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import threads  # before torch: it decides how torch's threads wait
+from lyregpt import threads  # before torch: it decides how torch's threads wait
 
 # isort: split
 import numpy as np
@@ -34,12 +34,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import report
 from configurator import UserError, configure, given, run
-from dataset import Split, bytes_per_token, folder_of, read_meta, read_tokenizer
-from log import Log
-from machine import (
+from lyregpt import checkpoint, report
+from lyregpt.dataset import Split, bytes_per_token, folder_of, read_meta, read_tokenizer
+from lyregpt.device import (
     can_compile,
     environment,
     fast_bf16,
@@ -51,12 +49,13 @@ from machine import (
     pick_dtype,
     put,
 )
+from lyregpt.distributed import Team, lost_contact, shard, shares
+from lyregpt.logger import Log
+from lyregpt.optim import configure_optimizers
+from lyregpt.originality import Index
+from lyregpt.pretrained import GPT2_NAMES, from_pretrained, is_pretrained
+from lyregpt.tokenizer import CharTokenizer, Tokenizer, file_of_pretrained, of_pretrained
 from model import GPT, GPTConfig
-from optimizer import configure_optimizers
-from originality import Index
-from parallel import Team, lost_contact, shard, shares
-from pretrained import GPT2_NAMES, from_pretrained, is_pretrained
-from tokenizer import CharTokenizer, Tokenizer, file_of_pretrained, of_pretrained
 
 
 @dataclass
@@ -111,12 +110,12 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between samples written into the log, taken at evaluations; 0 is off
     sample_start: str = ''  # what those samples continue; '': the beginning of a document
-    originality: bool = False  # beside each of those samples, how much of it stands in the training split (see originality.py)
+    originality: bool = False  # beside each of those samples, how much of it stands in the training split (see lyregpt/originality.py)
     wandb_log: bool = False  # log to Weights & Biases (pip install wandb)
     wandb_project: str = 'lyregpt'  # the project there
     wandb_run_name: str | None = None  # the run's name there; None: out_dir
     tensorboard_log: bool = False  # log to out_dir for TensorBoard (pip install tensorboard)
-    report: bool = True  # end with out_dir/report.html: the run on one page, and what to try next (see report.py)
+    report: bool = True  # end with out_dir/report.html: the run on one page, and what to try next (see lyregpt/report.py)
     # Stopping and saving
     patience: int = 0  # stop after this many evaluations without a better validation loss; 0 is off
     target_val_loss: float | None = None  # stop once the validation loss is this low
@@ -949,7 +948,7 @@ def write_report(out_dir: str) -> str:
     try:
         return f'look at: {report.write(out_dir)}'
     except Exception as error:
-        return f'no report ({(str(error) or type(error).__name__).splitlines()[0]}); make it with: python report.py --out_dir={out_dir}'
+        return f'no report ({(str(error) or type(error).__name__).splitlines()[0]}); make it with: python -m lyregpt report --out_dir={out_dir}'
 
 
 def catch_signals(asked: dict[str, Any]) -> Any:

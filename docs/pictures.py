@@ -33,8 +33,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch, Recta
 from matplotlib.path import Path  # noqa: E402
 from simulate import Run, memory  # noqa: E402
 
-import checkpoint  # noqa: E402
 from configurator import configure, run  # noqa: E402
+from lyregpt import checkpoint  # noqa: E402
 from train import TrainConfig, learning_rate  # noqa: E402
 
 FOLDER = os.path.join(HERE, 'pictures')
@@ -108,13 +108,13 @@ def rooms() -> Any:
         arrow(axes, (x, top + 0.55), (end, top + 0.55))
     arrow(axes, (1.1, top + 1.1), (5.9, top + 1.1), connectionstyle='arc3,rad=-0.12')  # your own words need no scraper
     axes.text(3.5, 4.27, 'your own words', ha='center', fontsize=9.5, color='#555555')
-    box(axes, 7.0, low - 0.35, 2.75, 1.45, 'train.py\nbatch ← dataset.py\nloss ← model.py\nupdate ← optimizer.py', BLUE, 10)
+    box(axes, 7.0, low - 0.35, 2.75, 1.45, 'train.py\nbatch ← lyregpt/dataset.py\nloss ← model.py\nupdate ← lyregpt/optim.py', BLUE, 10)
     arrow(axes, (8.6, top), (8.6, low + 1.1))
     box(axes, 3.95, low - 0.35, 2.55, 1.45, 'out-…/\nckpt.pt: go on from here\nbest.pt: write with this\nmetrics.csv, train.log', ORANGE, 10)
     arrow(axes, (7.0, low + 0.55), (6.5, low + 0.55))
     arrow(axes, (6.5, low - 0.1), (7.0, low - 0.1), GREY)
     axes.text(6.75, low - 0.55, 'resume', ha='center', fontsize=9.5, color='#555555')
-    for i, text in enumerate(('sample.py: write, at a prompt', 'serve.py: a page, an API', 'export.py: for other tools')):
+    for i, text in enumerate(('sample.py: write, at a prompt', 'lyregpt/serve.py: a page, an API', 'lyregpt/export.py: for other tools')):
         y = low + 0.7 - 0.52 * i
         box(axes, 0.25, y, 3.0, 0.42, text, BLUE, 10)
         arrow(axes, (3.95, low + 0.38), (3.25, y + 0.21))

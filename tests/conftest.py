@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'examples' / 'seq2seq')]
 DEMO = ROOT / 'data' / 'darklyrics' / 'demo.jsonl'
 
-import threads  # noqa: E402  before torch
+from lyregpt import threads  # noqa: E402  before torch
 
 # isort: split
 from configurator import configure, run  # noqa: E402
-from dataset import split_text, write_dataset  # noqa: E402
-from tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
+from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 
 threads.set_threads(2)

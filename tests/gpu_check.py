@@ -34,19 +34,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import threads  # noqa: E402, F401  before torch
+from lyregpt import threads  # noqa: E402, F401  before torch
 
 # isort: split
 import torch  # noqa: E402
 
 import bench  # noqa: E402
-import checkpoint  # noqa: E402
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import split_text, write_dataset  # noqa: E402
-from engine import Engine, Row  # noqa: E402
-from machine import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
+from lyregpt import checkpoint  # noqa: E402
+from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
+from lyregpt.engine import Engine, Row  # noqa: E402
+from lyregpt.tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 
 STEPS = 20
@@ -283,7 +283,7 @@ def batch_invariance(check: Check) -> str:
     )  # a context of several key blocks
     model = (
         GPT(shape).to(check.device, dtype).eval().quantize()
-    )  # as serve.py has it: with packed weights on a CPU
+    )  # as lyregpt/serve.py has it: with packed weights on a CPU
 
     def generated(number: int, rows: list[Row]) -> list[list[int]]:
         done: set[int] = set()

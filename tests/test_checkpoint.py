@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 from configurator import UserError, configure
+from lyregpt import checkpoint
 from model import GPT, GPTConfig
 from sample import SampleConfig, load_model
 from tests.conftest import tiny
@@ -151,7 +151,7 @@ def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
 
 def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
     """What nanoGPT's train.py writes, built by the layout it documents: its seven model_args, one AdamW with two groups."""
-    from dataset import Split, read_tokenizer
+    from lyregpt.dataset import Split, read_tokenizer
 
     torch.manual_seed(0)
     vocab_size = read_tokenizer(str(chars)).vocab_size

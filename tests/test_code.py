@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset import read_meta, read_tokenizer
+from lyregpt.dataset import read_meta, read_tokenizer
 from tests.conftest import ROOT, load_script
 
 

@@ -234,9 +234,9 @@ def test_old_configs_with_mistakes(tmp_path, old, text, new, message):
 
 def test_an_old_config_from_the_shell(tmp_path):
     (tmp_path / 'old.json').write_text(json.dumps(OLD))
-    done = script('configurator.py', 'convert', tmp_path / 'old.json', tmp_path / 'new.yaml')
+    done = script('-m', 'lyregpt', 'convert-config', tmp_path / 'old.json', tmp_path / 'new.yaml')
     assert done.returncode == 0 and f'train.py {tmp_path / "new.yaml"}' in done.stdout and done.stderr.count('\n') == 3
-    again = script('configurator.py', 'convert', tmp_path / 'old.json', tmp_path / 'new.yaml')
+    again = script('-m', 'lyregpt', 'convert-config', tmp_path / 'old.json', tmp_path / 'new.yaml')
     assert again.returncode == 2 and again.stderr.count('\n') == 1 and 'is there already' in again.stderr
 
 

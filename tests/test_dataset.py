@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset import Split, TokenFile, permute, pick_split, read_meta, read_pieces, read_tokenizer, split_text, write_dataset
+from lyregpt.dataset import (
+    Split,
+    TokenFile,
+    permute,
+    pick_split,
+    read_meta,
+    read_pieces,
+    read_tokenizer,
+    split_text,
+    write_dataset,
+)
+from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import DEMO, ROOT, mistake, script
-from tokenizer import BPETokenizer, CharTokenizer
 
 
 def write_bin(path, tokens, header=False):
@@ -303,7 +313,7 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    from dataset import download
+    from lyregpt.dataset import download
 
     body, asked = bytes(range(256)) * 1000, []
 

@@ -1,4 +1,4 @@
-"""encoder_decoder.py beside torch.nn.Transformer and exhaustive search, answer.py as a user runs it."""
+"""examples/seq2seq/encoder_decoder.py beside torch.nn.Transformer and exhaustive search, examples/seq2seq/train_seq2seq.py as a user runs it."""
 
 import copy
 import csv
@@ -13,16 +13,26 @@ import time
 
 import pytest
 import torch
-
-import checkpoint
-import export
-import lyregpt
-from answer import AnswerConfig, answer, baselines, build, main, of_step, padded, read_pairs, train, verses
-from configurator import UserError, configure
-from dataset import pick_split
 from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
+from train_seq2seq import (
+    AnswerConfig,
+    answer,
+    baselines,
+    build,
+    main,
+    of_step,
+    padded,
+    read_pairs,
+    train,
+    verses,
+)
+
+import lyregpt
+from configurator import UserError, configure
+from lyregpt import checkpoint, export
+from lyregpt.dataset import pick_split
+from lyregpt.tokenizer import from_state
 from tests.conftest import DEMO, ROOT, script
-from tokenizer import from_state
 from train import TrainConfig
 from train import train as train_gpt
 
@@ -242,7 +252,7 @@ def test_a_beam_wide_enough_is_exhaustive_search(length_penalty):
 
 
 # -----------------------------------------------------------------------------
-# answer.py
+# examples/seq2seq/train_seq2seq.py
 
 
 @pytest.fixture(scope='module')
@@ -322,7 +332,7 @@ def test_trains_answers_and_begins_anew(songs, tmp_path):
     assert {'ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json'} <= set(os.listdir(out))
     again = train(configure(AnswerConfig, [f'--out_dir={out}', '--eval_only', '--device=cpu']))
     assert again['val_loss'] == pytest.approx(end['best_val_loss'], abs=1e-6)
-    done = script('answer.py', f'--out_dir={out}', '--line=The rain came down', '--width=3', '--device=cpu')
+    done = script('examples/seq2seq/train_seq2seq.py', f'--out_dir={out}', '--line=The rain came down', '--width=3', '--device=cpu')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split('  log p -')[0] for line in lines] == ['greedy', 'beam 1', 'beam 2', 'beam 3']
@@ -352,7 +362,7 @@ def test_kill_and_ctrl_c_at_any_instant_then_resume(songs, tmp_path):
         resume = ['--init_from=resume'] if (killed / 'ckpt.pt').exists() else []
         before = checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] if resume else 0
         process = subprocess.Popen(
-            [sys.executable, 'answer.py', *words(songs, killed, *settings, *resume)],
+            [sys.executable, 'examples/seq2seq/train_seq2seq.py', *words(songs, killed, *settings, *resume)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -398,7 +408,7 @@ def test_a_line_trains_nothing_and_gpt_tools_say_whose_it_is(songs, tmp_path, mo
         (['--line=rain', '--eval_only'], 'neither --eval_only nor --init_from=resume'),
         (['--line=rain', '--n_layer=3'], 'n_layer=3, but .*best.pt has n_layer=1'),
     ):
-        monkeypatch.setattr(sys, 'argv', ['answer.py', f'--out_dir={out}', '--device=cpu', *more])
+        monkeypatch.setattr(sys, 'argv', ['examples/seq2seq/train_seq2seq.py', f'--out_dir={out}', '--device=cpu', *more])
         with pytest.raises(UserError, match=said):
             main()
     for use in (
@@ -406,9 +416,9 @@ def test_a_line_trains_nothing_and_gpt_tools_say_whose_it_is(songs, tmp_path, mo
         lambda: train_gpt(configure(TrainConfig, [f'--out_dir={out}', '--init_from=resume', '--device=cpu'])),
         lambda: export.export(configure(export.ExportConfig, [f'--out_dir={out}', f'--to={tmp_path / "to"}'])),
     ):
-        with pytest.raises(UserError, match='is an encoder–decoder by answer.py, not a GPT; ask it with: python answer.py --out_dir=.*pt --line'):
+        with pytest.raises(UserError, match='is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir=.*pt --line'):
             use()
-    monkeypatch.setattr(sys, 'argv', ['checkpoint.py', 'split', str(out / 'ckpt.pt'), str(tmp_path / 'parts')])
+    monkeypatch.setattr(sys, 'argv', ['lyregpt checkpoint', 'split', str(out / 'ckpt.pt'), str(tmp_path / 'parts')])
     with pytest.raises(UserError, match='is an encoder–decoder'):
         checkpoint.main()
     assert 'encoder–decoder' in checkpoint.inspect(str(out / 'ckpt.pt')) and not (tmp_path / 'parts').exists()
@@ -429,7 +439,7 @@ def test_mistakes_are_one_line(songs, tmp_path, trained):
         ([f'--input={alone}'], 'alone.txt: no line of the .* split has a next one'),
         (['--block_size=2'], 'block_size=2: all pairs have a line with more tokens'),
         (['--device=abacus'], 'device=abacus: expected auto, cpu'),
-        ([f'--out_dir={tmp_path / "empty"}', '--init_from=resume'], 'empty: holds no checkpoint; train first: python answer.py'),
+        ([f'--out_dir={tmp_path / "empty"}', '--init_from=resume'], 'empty: holds no checkpoint; train first: python examples/seq2seq/train_seq2seq.py'),
         ([f'--out_dir={trained}', '--init_from=resume'], 'is a GPT, not an encoder'),
         ([f'--input={changed}', '--init_from=resume', '--block_size=20'], 'changed.txt: not the lines that .*ckpt.pt was trained on'),
         (['--init_from=resume', '--block_size=20', '--n_layer=2'], 'n_layer=2, but .*ckpt.pt has n_layer=1'),

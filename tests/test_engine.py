@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from engine import CHUNK, Ended, Engine, Full, Row
+from lyregpt.engine import CHUNK, Ended, Engine, Full, Row
+from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer(''.join(map(chr, range(32, 127))))
 
@@ -222,7 +222,7 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         running.engine.model.next_logits = step
         rows = [some_row(i) for i in range(6)]
         first = submitted(running, [rows[0]])
-        monkeypatch.setattr('engine.KVCache', None)  # there is no memory for more than four
+        monkeypatch.setattr('lyregpt.engine.KVCache', None)  # there is no memory for more than four
         running.wait(submitted(running, rows[1:]) + first)
         monkeypatch.undo()
         assert 'error' in {running.pieces[row][-1].finish for row in rows}

@@ -1,4 +1,4 @@
-"""export.py against those who load what it writes (transformers, gguf, llama.cpp), and the way back into ours."""
+"""lyregpt/export.py against those who load what it writes (transformers, gguf, llama.cpp), and the way back into ours."""
 
 import json
 import os
@@ -9,14 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 from configurator import UserError, configure
-from export import ExportConfig, export, gguf_vocabulary
+from lyregpt import checkpoint
+from lyregpt.export import ExportConfig, export, gguf_vocabulary
+from lyregpt.pretrained import from_pretrained, is_pretrained
+from lyregpt.tokenizer import (
+    EOT,
+    UNK,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    WordPieceTokenizer,
+    from_hf,
+    load,
+    of_pretrained,
+)
 from model import GPT, GPTConfig
-from pretrained import from_pretrained, is_pretrained
 from sample import SampleConfig, load_model
 from tests.conftest import ROOT, gpt2, script, tiny
-from tokenizer import EOT, UNK, BPETokenizer, CharTokenizer, Tokenizer, WordPieceTokenizer, from_hf, load, of_pretrained
 from train import train
 
 SHAPES = {
@@ -136,7 +146,15 @@ def test_gpt2s_merges_give_tiktokens_tokens(demo_text):
 
 def test_foreign_tokenizers(tmp_path):
     """One of Qwen's kind: other splitting, NFC, special and added tokens behind the rest, a document end of another name."""
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from tokenizers import Tokenizer as Engine
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -440,7 +458,7 @@ def test_nothing_half_written(tmp_path, trained, monkeypatch):
     def fails(*args):
         raise OSError(28, 'No space left on device')
 
-    for form, name, to in ('hf', 'export.save_file', 'x'), ('gguf', 'gguf.GGUFWriter.write_tensors_to_file', 'x.gguf'), ('gguf', 'os.replace', 'x.gguf'):
+    for form, name, to in ('hf', 'lyregpt.export.save_file', 'x'), ('gguf', 'gguf.GGUFWriter.write_tensors_to_file', 'x.gguf'), ('gguf', 'os.replace', 'x.gguf'):
         if name == 'os.replace':  # of the two files the second one
             monkeypatch.undo()
             replace = os.replace
@@ -485,7 +503,7 @@ def test_mistakes_get_one_line(tmp_path, trained):
         with pytest.raises(UserError, match=message):
             export(configure(ExportConfig, words))
     (tmp_path / 'best.pt').write_bytes(b'PK no checkpoint')
-    done = script('export.py', f'--out_dir={tmp_path}', f'--to={tmp_path}/x')
+    done = script('-m', 'lyregpt', 'export', f'--out_dir={tmp_path}', f'--to={tmp_path}/x')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'damaged' in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt']
 

@@ -10,7 +10,7 @@ import pytest
 import tiktoken
 
 from configurator import UserError
-from dataset import Split, bytes_per_token, read_meta, read_tokenizer
+from lyregpt.dataset import Split, bytes_per_token, read_meta, read_tokenizer
 from tests.conftest import ROOT, gpt2, script
 
 EOT = 50256

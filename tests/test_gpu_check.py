@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import machine
 import train as trainer
+from lyregpt import device
 from model import Int8Linear
 from tests.conftest import ROOT, script
 from tests.gpu_check import (
@@ -225,10 +225,10 @@ def gpu(monkeypatch):
 
 
 def test_devices_by_name(gpu):
-    assert machine.pick_device('auto') == torch.device('cuda')
-    assert machine.pick_device('cuda:1') == torch.device('cuda:1')
+    assert device.pick_device('auto') == torch.device('cuda')
+    assert device.pick_device('cuda:1') == torch.device('cuda:1')
     with pytest.raises(ValueError, match='device=cuda:2'):
-        machine.pick_device('cuda:2')
+        device.pick_device('cuda:2')
 
 
 @pytest.mark.parametrize(
@@ -239,26 +239,26 @@ def test_dtype_by_capability(gpu, capability, dtype):
     gpu(*capability)
     device = torch.device('cuda')
     assert (
-        machine.pick_dtype('auto', device, large=True)
-        == machine.pick_dtype('auto', device, large=False)
+        device.pick_dtype('auto', device, large=True)
+        == device.pick_dtype('auto', device, large=False)
         == dtype
     )
-    assert machine.pick_dtype('float32', device) == torch.float32
+    assert device.pick_dtype('float32', device) == torch.float32
 
 
 def test_what_compiling_needs(gpu, monkeypatch):
     device = torch.device('cuda')
     monkeypatch.setitem(sys.modules, 'triton', None)
-    assert machine.can_compile(device) == 'Triton is not installed'
+    assert device.can_compile(device) == 'Triton is not installed'
     monkeypatch.setitem(sys.modules, 'triton', sys)
     monkeypatch.setenv('CC', 'cc')
-    assert machine.can_compile(device) == ''
+    assert device.can_compile(device) == ''
     gpu(6, 1)
-    assert machine.can_compile(device) == 'this GPU is too old for Triton'
+    assert device.can_compile(device) == 'this GPU is too old for Triton'
     gpu(7, 0)
     monkeypatch.delenv('CC')
     monkeypatch.setenv('PATH', '/nonexistent')
-    assert machine.can_compile(device) == 'no C compiler found'
+    assert device.can_compile(device) == 'no C compiler found'
 
 
 class OnGPU(torch.Tensor):

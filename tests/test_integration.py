@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 from gguf import GGUFReader
 
-import checkpoint
-from dataset import TokenFile, read_meta, read_tokenizer
+from lyregpt import checkpoint
+from lyregpt.dataset import TokenFile, read_meta, read_tokenizer
 from tests.conftest import ROOT, script
 from tests.darklyrics_site import demo_songs
 
@@ -91,8 +91,8 @@ def test_from_a_site_to_a_server(tmp_path):
     ask = ['--start=The lantern', '--seed=7', '--temperature=0.9', '--top_k=100', '--max_new_tokens=40', '--num_samples=2', '--json', '--device=cpu']
     with ThreadPoolExecutor(3) as pool:
         sampled = pool.submit(ran, 'sample.py', f'--out_dir={out}', *ask)
-        exported = pool.submit(ran, 'export.py', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
-        packed = pool.submit(ran, 'export.py', f'--out_dir={out}', '--format=gguf', f'--to={tmp_path / "metal.gguf"}')
+        exported = pool.submit(ran, '-m', 'lyregpt', 'export', f'--out_dir={out}', f'--to={tmp_path / "hf"}')
+        packed = pool.submit(ran, '-m', 'lyregpt', 'export', f'--out_dir={out}', '--format=gguf', f'--to={tmp_path / "metal.gguf"}')
         written = [json.loads(line) for line in sampled.result().splitlines()]
         assert 'Qwen3ForCausalLM' in exported.result() and 'Qwen3ForCausalLM' in packed.result()
     texts = [sample['text'] for sample in written]
@@ -101,7 +101,7 @@ def test_from_a_site_to_a_server(tmp_path):
     assert [json.loads(line)['text'] for line in again.splitlines()] == texts
     weights = {tensor.name: tensor for tensor in GGUFReader(tmp_path / 'metal.gguf').tensors}
     assert {'token_embd.weight', 'blk.0.attn_q.weight', 'blk.1.ffn_down.weight', 'output_norm.weight'} <= set(weights)
-    with serving('serve.py', f'--out_dir={out}', f'--runs_dir={tmp_path}', '--port=0', '--device=cpu') as address:
+    with serving('-m', 'lyregpt', 'serve', f'--out_dir={out}', f'--runs_dir={tmp_path}', '--port=0', '--device=cpu') as address:
         fields = {'prompt': 'The lantern', 'seed': 7, 'temperature': 0.9, 'top_k': 100, 'max_tokens': 40, 'n': 2}
         answer = requests.post(f'{address}/v1/completions', json=fields | {'model': out.name}, timeout=60).json()
         assert [choice['text'] for choice in answer['choices']] == texts

@@ -18,10 +18,10 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from configurator import configure
-from interactive import COMMANDS, FIXED, Session, line_editor
+from lyregpt.repl import COMMANDS, FIXED, Session, line_editor
+from lyregpt.tokenizer import EOT, BPETokenizer, CharTokenizer
 from sample import SampleConfig, begin, load_model, write
 from tests.conftest import ROOT
-from tokenizer import EOT, BPETokenizer, CharTokenizer
 
 
 @pytest.fixture(scope='module')

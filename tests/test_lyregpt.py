@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import lyregpt
 from configurator import UserError
-from dataset import folder_of, read_meta
-from export import ExportConfig, export
-from originality import index_of
+from lyregpt import checkpoint
+from lyregpt.dataset import folder_of, read_meta
+from lyregpt.export import ExportConfig, export
+from lyregpt.originality import index_of
 from tests.conftest import DEMO, ROOT, script
 
 SONGS = [json.loads(line)['lyrics'] for line, _ in zip(DEMO.open(encoding='utf-8'), range(30))]
@@ -79,7 +79,7 @@ def test_what_it_returns(model, out):
 
 
 def test_avoid_copying(model):
-    from originality import Index
+    from lyregpt.originality import Index
 
     text = model.generate('', max_new_tokens=120, avoid_copying=2, seed=2)
     index = Index.open(model.about['config']['dataset'])

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
+from lyregpt.optim import Muon, configure_optimizers, orthogonalize
+from lyregpt.pretrained import from_pretrained
 from model import GPT, GPTConfig, LinearCrossEntropy, draw
-from optimizer import Muon, configure_optimizers, orthogonalize
-from pretrained import from_pretrained
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
 VARIANTS = [

@@ -1,4 +1,4 @@
-"""What originality.py says and forbids, against brute force."""
+"""What lyregpt/originality.py says and forbids, against brute force."""
 
 import json
 import os
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import originality
 from configurator import UserError, configure
-from dataset import song_head, write_dataset
+from lyregpt import originality
+from lyregpt.dataset import song_head, write_dataset
+from lyregpt.originality import Avoid, Index, bare, find_words, fold
+from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
-from originality import Avoid, Index, bare, find_words, fold
 from sample import SampleConfig, load_trained, write
 from tests.conftest import DEMO, gpt2, script, tiny
-from tokenizer import BPETokenizer, CharTokenizer
 from train import train, write_sample
 
 LINES = [  # made up; every kind of letter, apostrophe and repetition
@@ -34,7 +34,7 @@ LINES = [  # made up; every kind of letter, apostrophe and repetition
 
 
 def split_words(text):
-    """The words of a text, found in another way than originality.py's: line by line, letter by letter."""
+    """The words of a text, found in another way than lyregpt/originality.py's: line by line, letter by letter."""
     out = []
     for line in text.split('\n'):
         if line.lower().startswith(('artist:', 'album:', 'year:', 'title:')):
@@ -374,14 +374,14 @@ def test_scripts(tmp_path, chars, monkeypatch, capsys):
         originality.index_of({})
     empty = tmp_path / 'empty.txt'
     empty.write_text('')
-    monkeypatch.setattr('sys.argv', ['originality.py', f'--dataset={chars}', f'--file={empty}'])
+    monkeypatch.setattr('sys.argv', ['lyregpt originality', f'--dataset={chars}', f'--file={empty}'])
     originality.main()
     assert capsys.readouterr().out == 'originality: there are no words in it\n'
     song = tmp_path / 'song.txt'
     song.write_text('No such words', encoding='utf-8')
-    done = script('originality.py', f'--dataset={chars}', f'--file={song}', '--n=2')
+    done = script('-m', 'lyregpt', 'originality', f'--dataset={chars}', f'--file={song}', '--n=2')
     assert done.returncode == 0 and done.stdout.startswith('originality: '), done.stderr
     for more, message in (['--dataset=nowhere'], 'nowhere/train.bin'), (['--n=0'], 'n=0'), (['--text=a', '--file=b'], 'one text'), (['--file=no'], 'file=no'):
-        monkeypatch.setattr('sys.argv', ['originality.py', f'--dataset={chars}', *more])
+        monkeypatch.setattr('sys.argv', ['lyregpt originality', f'--dataset={chars}', *more])
         with pytest.raises(UserError, match=message):
             originality.main()

@@ -1,4 +1,4 @@
-"""page.html in a real browser against the real serve.py, with a tiny model that knows two songs by heart; one of them is full of HTML."""
+"""lyregpt/page.html in a real browser against the real lyregpt/serve.py, with a tiny model that knows two songs by heart; one of them is full of HTML."""
 
 import json
 import re
@@ -9,14 +9,14 @@ import urllib.request
 
 import pytest
 
-from dataset import song_head, write_dataset
+from lyregpt.dataset import song_head, write_dataset
+from lyregpt.tokenizer import CharTokenizer
 from tests.conftest import ROOT, tiny
-from tokenizer import CharTokenizer
 from train import train
 
 sync_api = pytest.importorskip('playwright.sync_api')
 uvicorn = pytest.importorskip('uvicorn')
-serve = pytest.importorskip('serve')
+serve = pytest.importorskip('lyregpt.serve')
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 if not CHROMIUM:
     pytest.skip('no chromium on PATH', allow_module_level=True)
@@ -66,7 +66,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory, runs):
-    """The address of serve.py with the tiny model."""
+    """The address of lyregpt/serve.py with the tiny model."""
     data, out = tmp_path_factory.mktemp('data') / 'lyrics', tmp_path_factory.mktemp('out-tiny')
     songs = [song_head('Griddlemoth', '', '', 'Ledger') + LONG, song_head('Knell', '', '', 'Door') + SHORT]
     tokenizer = CharTokenizer.train(songs)
@@ -130,7 +130,7 @@ def ask(page, tokens, n=1, song='Griddlemoth,Ledger', prompt=''):
 
 
 def test_the_file_is_one_and_complete():
-    page = (ROOT / 'page.html').read_text(encoding='utf-8')
+    page = (ROOT / 'lyregpt/page.html').read_text(encoding='utf-8')
     assert page.count('<script') == page.count('<script>\n') == 1
     assert not re.search(r'<[^>]*\son\w+\s*=|javascript:|\beval\b|innerHTML|insertAdjacentHTML|outerHTML|document\.write', page)
     assert set(re.findall(r'https?://[^\s\'"]+', page)) == {'http://www.w3.org/2000/svg'}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from configurator import UserError
-from dataset import Split
+from lyregpt import checkpoint
+from lyregpt.dataset import Split
+from lyregpt.distributed import shares
+from lyregpt.optim import configure_optimizers
 from model import GPT, GPTConfig
-from optimizer import configure_optimizers
-from parallel import shares
 from tests.conftest import ROOT, mistake, script, tiny
 from train import train
 
@@ -116,7 +116,7 @@ def sharded(chars, tmp_path_factory):
 
 def test_merge_and_split_lose_nothing(sharded, tmp_path):
     for args in (['merge', sharded / 'ckpt', tmp_path / 'm.pt'], ['split', tmp_path / 'm.pt', tmp_path / 's'], ['merge', tmp_path / 's', tmp_path / 'n.pt']):
-        done = script('checkpoint.py', *args)
+        done = script('-m', 'lyregpt', 'checkpoint', *args)
         assert done.returncode == 0 and done.stdout.endswith('written\n'), done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('m.pt', 'n.pt'))
     a, b = checkpoint.apart(one), checkpoint.apart(two)
@@ -131,12 +131,12 @@ def test_merge_and_split_lose_nothing(sharded, tmp_path):
 def test_a_folder_is_sampled_inspected_and_verified(sharded, tmp_path):
     done = script('sample.py', f'--out_dir={sharded}', '--max_new_tokens=20', '--num_samples=1', '--device=cpu')
     assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
-    done = script('checkpoint.py', 'inspect', sharded)
+    done = script('-m', 'lyregpt', 'checkpoint', 'inspect', sharded)
     assert done.returncode == 0 and 'in 5 files' in done.stdout and 'with adamw and muon' in done.stdout, done.stdout
     shutil.copytree(sharded, tmp_path / 'out')
     shard = next((tmp_path / 'out' / 'ckpt').glob('*.safetensors'))
     shard.write_bytes(shard.read_bytes()[:-1] + b'\x00\x00')
-    done = script('checkpoint.py', 'verify', tmp_path / 'out')
+    done = script('-m', 'lyregpt', 'checkpoint', 'verify', tmp_path / 'out')
     assert done.returncode == 2 and f'the checksum of {shard.name} is wrong' in done.stderr and done.stdout.count('whole') == 2
     if os.name == 'posix':
         check = subprocess.run(['sha256sum', '--check', 'SHA256SUMS'], cwd=sharded / 'ckpt', capture_output=True, text=True)

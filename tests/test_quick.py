@@ -1,4 +1,4 @@
-"""quick_test.py on this installation, and on ones that were broken on purpose: it must find what is wrong."""
+"""lyregpt/doctor.py on this installation, and on ones that were broken on purpose: it must find what is wrong."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ from tests.conftest import ROOT, script
 
 def quick(*words, **env):
     """(exit status, {check: (status, text)}, the last line, stderr)"""
-    done = script('quick_test.py', '--device=cpu', *words, **env)
+    done = script('-m', 'lyregpt', 'doctor', '--device=cpu', *words, **env)
     *lines, last = done.stdout.splitlines() or ['']
     return done.returncode, {line[6:16].strip(): (line[:5].strip(), line[17:]) for line in lines}, last, done.stderr
 
@@ -80,10 +80,10 @@ def test_what_is_broken_is_found(tmp_path):
 
 
 def test_another_version_is_a_note(tmp_path):
-    for name in 'quick_test.py', 'configurator.py':
+    for name in 'lyregpt/doctor.py', 'configurator.py':
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'requirements.txt').write_text('torch==1.0.0\nnumpy==1.0.0; python_version < "3.9"\nno-such-package==1.0; python_version < "3.9"\n')
-    done = script(tmp_path / 'quick_test.py', '--device=cpu')
+    done = script(tmp_path / 'lyregpt/doctor.py', '--device=cpu')
     version = importlib.metadata.version('torch')  # without +cpu or +cu130, where the package says so
     assert f'note  packages   torch {version} (tested with 1.0.0); if something fails: pip install' in done.stdout
     assert done.returncode == 1 and 'FAIL  scripts    train.py cannot start' in done.stdout, 'there are no scripts beside it'
@@ -99,5 +99,5 @@ def test_mistakes_get_one_line(word, message):
 
 
 def test_help():
-    done = script('quick_test.py', '--help')
+    done = script('-m', 'lyregpt', 'doctor', '--help')
     assert done.returncode == 0 and '--device=auto' in done.stdout

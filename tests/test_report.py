@@ -13,13 +13,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-import report
 from configurator import configure
-from dataset import split_text, write_dataset
-from log import OF_A_RUN
-from report import METRICS, Run
+from lyregpt import report
+from lyregpt.dataset import split_text, write_dataset
+from lyregpt.logger import OF_A_RUN
+from lyregpt.report import METRICS, Run
+from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import ROOT, script, tiny
-from tokenizer import BPETokenizer, CharTokenizer
 from train import TrainConfig, train
 
 HARM = '</div><script>document.title = "harmed"</script><img src="https://example.org/x.png" onerror="alert(1)">'
@@ -105,7 +105,7 @@ def test_no_report_costs_no_training(chars, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed
     train(tiny(chars, tmp_path / 'b', '--report=True'))
     last = (tmp_path / 'b' / 'train.log').read_text().splitlines()[-1]
-    assert 'matplotlib is not installed' in last and f'python report.py --out_dir={tmp_path / "b"}' in last and not (tmp_path / 'b' / 'report.html').exists()
+    assert 'matplotlib is not installed' in last and f'python -m lyregpt report --out_dir={tmp_path / "b"}' in last and not (tmp_path / 'b' / 'report.html').exists()
 
 
 def test_a_signal_does_not_wait_for_a_report(chars, tmp_path):
@@ -119,7 +119,7 @@ def test_a_signal_does_not_wait_for_a_report(chars, tmp_path):
     with pytest.raises(SystemExit) as ended:
         train(tiny(chars, tmp_path, '--report=True', '--max_iters=100000', '--eval_interval=100000'))
     assert ended.value.code == 143 and (tmp_path / 'ckpt.pt').exists() and not (tmp_path / 'report.html').exists()
-    done = script('report.py', f'--out_dir={tmp_path}')
+    done = script('-m', 'lyregpt', 'report', f'--out_dir={tmp_path}')
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / 'report.html')
     assert 'Its end: stopped by SIGTERM.' in page_of(tmp_path) and 'None were taken' in page_of(tmp_path)
 
@@ -144,7 +144,7 @@ def test_runs_of_before_and_runs_that_go_on(reported, tmp_path):
         ('', '', 'no such folder'),
         ('x', '', 'no metrics.csv'),
         ('metrics.csv', ','.join(METRICS), 'no figures yet'),
-        ('metrics.csv', ','.join(METRICS) + '\n1,9,1.0,2.5,,,,,,\n', 'a run of answer.py'),
+        ('metrics.csv', ','.join(METRICS) + '\n1,9,1.0,2.5,,,,,,\n', 'a run of examples/seq2seq/train_seq2seq.py'),
     ],
 )
 def test_mistakes(tmp_path, name, text, message):
@@ -153,7 +153,7 @@ def test_mistakes(tmp_path, name, text, message):
         out.mkdir()
         (out / name).write_text(text)
         (out / 'config.json').write_text('{"label_smoothing": 0.1}')
-    done = script('report.py', f'--out_dir={out}')
+    done = script('-m', 'lyregpt', 'report', f'--out_dir={out}')
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1
 
 

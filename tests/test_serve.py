@@ -16,8 +16,7 @@ import requests
 import torch
 
 import bench
-import checkpoint
-import originality
+from lyregpt import checkpoint, originality
 from tests.conftest import ROOT, script
 
 openai = pytest.importorskip('openai')
@@ -35,11 +34,11 @@ LOG = []  # what the server that was started last writes to stderr
 
 
 class serving:
-    """serve.py at work on any free port: `with serving(out_dir, …) as address`."""
+    """lyregpt/serve.py at work on any free port: `with serving(out_dir, …) as address`."""
 
     def __init__(self, out_dir, *words, **env):
         self.model = bool(out_dir)
-        command = [sys.executable, str(ROOT / 'serve.py'), f'--out_dir={out_dir}', '--port=0', '--device=cpu', f'--runs_dir={out_dir or "."}', *words]
+        command = [sys.executable, '-m', 'lyregpt', 'serve', f'--out_dir={out_dir}', '--port=0', '--device=cpu', f'--runs_dir={out_dir or "."}', *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env, cwd=ROOT)
 
     def __enter__(self):
@@ -173,7 +172,7 @@ def test_requests_share_the_model_and_seeds_hold(server):
 
 
 def test_copying_is_told_and_avoided(server, client, name, chars):
-    """As originality.py tells it of the text; and with avoid_copying, none is found."""
+    """As lyregpt/originality.py tells it of the text; and with avoid_copying, none is found."""
     index = originality.Index.open(str(chars))
     assert client.models.list().data[0].originality is True
     options = dict(model=name, prompt='The', max_tokens=200, temperature=0.3, n=3, seed=1)
@@ -220,7 +219,7 @@ def test_sixty_four_clients_for_a_minute(trained):
         port = int(address.rsplit(':', 1)[1])
         alone = [complete(address, **fields).json()['choices'][0]['text'] for fields in ask]
         asyncio.run(bench.load(port, ask, alone, 15))  # until every buffer has its size
-        pid = int(subprocess.run(['pgrep', '-f', f'serve.py --out_dir={trained}'], capture_output=True, text=True).stdout.split()[0])
+        pid = int(subprocess.run(['pgrep', '-f', f'lyregpt/serve.py --out_dir={trained}'], capture_output=True, text=True).stdout.split()[0])
         before = bench.resident(pid)
         figures = asyncio.run(bench.load(port, ask, alone, 60))
         print(figures, bench.resident(pid) - before)
@@ -382,10 +381,10 @@ def test_wrong_starts(trained, tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
-        done = script('serve.py', f'--out_dir={trained}', f'--port={taken.getsockname()[1]}')
+        done = script('-m', 'lyregpt', 'serve', f'--out_dir={trained}', f'--port={taken.getsockname()[1]}')
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'choose another --port' in done.stderr
     for words, says in ((f'--out_dir={tmp_path}/none', 'no such folder'), ('--port=70000', '65535')):
-        done = script('serve.py', words)
+        done = script('-m', 'lyregpt', 'serve', words)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import sample
-import threads
+from lyregpt import checkpoint, threads
 from tests.conftest import ROOT, mistake, script, tiny
 from train import main, train
 
-ENTRY_POINTS = ('answer.py', 'lyregpt.py', 'sample.py', 'serve.py', 'train.py')
+ENTRY_POINTS = ('examples/seq2seq/train_seq2seq.py', 'lyregpt/api.py', 'sample.py', 'lyregpt/serve.py', 'train.py')
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ def test_torch_that_was_loaded_before_keeps_its_threads():
     code = """
 import torch
 torch.set_num_threads(3)
-import threads
+from lyregpt import threads
 print(threads.WAITING, torch.get_num_threads())"""
     assert script('-c', code).stdout.split() == ['3']
 
@@ -296,8 +295,9 @@ def test_threads_that_cannot_be(capsys, words, message):
 # Number formats
 
 ASK = """
-import threads, torch
-from machine import fast_bf16, fast_int8
+from lyregpt import threads
+import torch
+from lyregpt.device import fast_bf16, fast_int8
 from model import Int8Linear
 torch.manual_seed(1)
 worst = 0.0

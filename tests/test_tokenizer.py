@@ -4,8 +4,7 @@ import random
 import pytest
 
 from configurator import UserError
-from tests.conftest import DEMO, gpt2, script
-from tokenizer import (
+from lyregpt.tokenizer import (
     EOT,
     UNK,
     BPETokenizer,
@@ -17,6 +16,7 @@ from tokenizer import (
     load,
     train_tokenizer,
 )
+from tests.conftest import DEMO, gpt2, script
 
 UNICODE = [
     '',
@@ -162,7 +162,7 @@ def test_the_byte_table_is_gpt2s():
     engine = gpt2()
     own = BPETokenizer.train(['aa'], 257)
     for b in range(256):
-        assert own.token_bytes(own._engine.token_to_id(__import__('tokenizer').bytes_to_unicode()[b])) == bytes([b])
+        assert own.token_bytes(own._engine.token_to_id(__import__('lyregpt.tokenizer').tokenizer.bytes_to_unicode()[b])) == bytes([b])
         assert engine._engine.encode_single_token(bytes([b])) < 256
 
 
@@ -193,8 +193,8 @@ def test_bad_sizes_and_ids(bpe):
 def test_from_the_shell(tmp_path, demo_text, kind):
     (tmp_path / 'songs.txt').write_text(demo_text, encoding='utf-8')
     out = tmp_path / 't.json'
-    assert script('tokenizer.py', 'train', tmp_path / 'songs.txt', f'--kind={kind}', '--vocab_size=500', f'--out={out}').returncode == 0
-    ids = script('tokenizer.py', 'encode', f'--tokenizer={out}', 'Hail the näin').stdout.split()
-    assert script('tokenizer.py', 'decode', f'--tokenizer={out}', *ids).stdout == 'Hail the näin'
-    wrong = script('tokenizer.py', 'encode', '--tokenizer=missing.json', 'x')
+    assert script('-m', 'lyregpt', 'tokenizer', 'train', tmp_path / 'songs.txt', f'--kind={kind}', '--vocab_size=500', f'--out={out}').returncode == 0
+    ids = script('-m', 'lyregpt', 'tokenizer', 'encode', f'--tokenizer={out}', 'Hail the näin').stdout.split()
+    assert script('-m', 'lyregpt', 'tokenizer', 'decode', f'--tokenizer={out}', *ids).stdout == 'Hail the näin'
+    wrong = script('-m', 'lyregpt', 'tokenizer', 'encode', '--tokenizer=missing.json', 'x')
     assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1

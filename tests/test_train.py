@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from configurator import UserError, configure
-from log import METRICS
+from lyregpt import checkpoint
+from lyregpt.logger import METRICS
 from tests.conftest import ROOT, mistake, script, tiny
 from train import TrainConfig, learning_rate, main, train
 
@@ -588,8 +588,8 @@ def test_rate_over_a_budget():
 
 
 def test_a_validation_split_too_long_for_the_budget(tmp_path, demo_text):
-    from dataset import write_dataset
-    from tokenizer import CharTokenizer
+    from lyregpt.dataset import write_dataset
+    from lyregpt.tokenizer import CharTokenizer
 
     folder = tmp_path / 'd'
     write_dataset(str(folder), [('train', demo_text, True), ('val', demo_text * 40, True)], CharTokenizer.train([demo_text]))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, find_files, shown, write_dataset  # noqa: E402
+from lyregpt.dataset import Piece, choose_tokenizer, find_files, shown, write_dataset  # noqa: E402
 
 NOT_THEIRS = {'site-packages', 'dist-packages', '_vendor', 'vendor', '_vendored', 'vendored', 'third_party', 'extern'}  # copies of other packages
 SHARE = 50  # no package gives more than this part of the whole: the large ones would leave no room for the many

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, pick_split, read_jsonl, shown, song_head, write_dataset  # noqa: E402
+from lyregpt.dataset import (  # noqa: E402
+    Piece,
+    choose_tokenizer,
+    pick_split,
+    read_jsonl,
+    shown,
+    song_head,
+    write_dataset,
+)
 
 
 @dataclass

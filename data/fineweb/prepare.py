@@ -21,8 +21,8 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import WAITS, find_files, read_jsonl, read_stream, shown, write_whole  # noqa: E402
-from tokenizer import GPT2Tokenizer  # noqa: E402
+from lyregpt.dataset import WAITS, find_files, read_jsonl, read_stream, shown, write_whole  # noqa: E402
+from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 KEPT = 'the finished shards are kept, and the same command goes on behind them'
 Documents = Generator[tuple[str, Any], None, None]  # (text, place behind it): a stream opened at that place goes on with the next

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import configure, run  # noqa: E402
-from dataset import Piece, choose_tokenizer, find_files, pick_split, read_documents, shown, split_text, write_dataset  # noqa: E402
+from lyregpt.dataset import (  # noqa: E402
+    Piece,
+    choose_tokenizer,
+    find_files,
+    pick_split,
+    read_documents,
+    shown,
+    split_text,
+    write_dataset,
+)
 
 
 @dataclass

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
 from configurator import UserError, configure, run  # noqa: E402
-from dataset import split_text, write_dataset  # noqa: E402
-from tokenizer import CharTokenizer  # noqa: E402
+from lyregpt import checkpoint  # noqa: E402
+from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.tokenizer import CharTokenizer  # noqa: E402
 
 STEPS = 240
 SHAPE = (

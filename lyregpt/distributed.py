@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from machine import pick_device
+from lyregpt.device import pick_device
 from model import GPT
 
 T = TypeVar('T')
@@ -152,7 +152,13 @@ def shard(model: GPT, team: Team, dtype: torch.dtype, cpu_offload: bool = False)
     at a time, in `dtype`; gradients are summed in fp32; with `cpu_offload` the parts lie in the host's memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(logging.ERROR)  # on CPUs: how they do an all-to-all
     team.cpu_mesh = init_device_mesh('cpu', (team.size,))

@@ -1,9 +1,9 @@
-"""Answer a line of verse with the next: train the original Transformer (encoder_decoder.py) on the lines of songs, and ask it.
+"""Answer a line of verse with the next: train the original Transformer (examples/seq2seq/encoder_decoder.py) on the lines of songs, and ask it.
 
-    python answer.py                                              (a minute or two on 2 CPU cores, on the embedded songs)
-    python answer.py --line="The rain came down on the harbour wall"
-    python answer.py --input=my_songs/ --out_dir=out-mine-answer  (your own: .jsonl, .txt, .md, an empty line between verses)
-    python answer.py --init_from=resume                           (go on where it stopped, on a CPU to the bit)
+    python examples/seq2seq/train_seq2seq.py                                              (a minute or two on 2 CPU cores, on the embedded songs)
+    python examples/seq2seq/train_seq2seq.py --line="The rain came down on the harbour wall"
+    python examples/seq2seq/train_seq2seq.py --input=my_songs/ --out_dir=out-mine-answer  (your own: .jsonl, .txt, .md, an empty line between verses)
+    python examples/seq2seq/train_seq2seq.py --init_from=resume                           (go on where it stopped, on a CPU to the bit)
 
 The habits are train.py's: a step depends on the knobs, the seed and its number alone; validation reads the whole split; checkpoints
 are whole or absent; Ctrl-C saves. One process, float32: the data is small.
@@ -24,23 +24,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import threads  # before torch: it decides how torch's threads wait
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+from lyregpt import threads  # noqa: E402  before torch: it decides how torch's threads wait
 
 # isort: split
 import numpy as np
 import torch
+from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
 from tqdm import tqdm
 
-import checkpoint
 from configurator import UserError, configure, given, run
-from dataset import find_files, permute, pick_split, read_documents
-from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
-from log import Log
-from machine import pick_device
-from tokenizer import BPETokenizer, Tokenizer, from_state
+from lyregpt import checkpoint
+from lyregpt.dataset import find_files, permute, pick_split, read_documents
+from lyregpt.device import pick_device
+from lyregpt.logger import Log
+from lyregpt.tokenizer import BPETokenizer, Tokenizer, from_state
 from train import catch_signals, clock
 
-DEMO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'darklyrics', 'demo.jsonl')
+DEMO = os.path.join(ROOT, 'data', 'darklyrics', 'demo.jsonl')
 Pair = tuple[Sequence[int], Sequence[int]]  # the ids of a line and of the next, each with its end
 
 
@@ -57,7 +59,7 @@ class AnswerConfig:
     line: str = ''  # answer this line with the model in out_dir; not given: train one
     width: int = 5  # answers that beam search follows, and shows
     length_penalty: float = 0.6  # above 0: longer answers are forgiven their lower probability
-    # Model (see encoder_decoder.py)
+    # Model (see examples/seq2seq/encoder_decoder.py)
     vocab_size: int = 1024  # of the BPE that is trained on the songs
     block_size: int = 48  # most tokens of a line; pairs with a longer one are left out
     n_layer: int = 2  # blocks of the encoder, and of the decoder
@@ -78,7 +80,7 @@ class AnswerConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow; resuming keeps it
     seed: int = 1337  # of initialization, split, order and dropout
-    wandb_log = tensorboard_log = False  # log.py asks; no knobs here
+    wandb_log = tensorboard_log = False  # lyregpt/logger.py asks; no knobs here
 
     def __post_init__(self) -> None:
         threads.check_threads(self.threads)
@@ -185,10 +187,10 @@ def baselines(train: Sequence[Pair], val: Sequence[Pair], vocab_size: int) -> tu
 def load(config: AnswerConfig, best: bool) -> tuple[str, dict[str, Any]]:
     """(path, state) of the checkpoint in out_dir. Raises UserError if there is none, another model's, or not what the knobs that were given say."""
     if not os.path.exists(config.out_dir) or not checkpoint.candidates(config.out_dir, best):
-        raise UserError(f'{config.out_dir}: holds no checkpoint; train first: python answer.py --out_dir={config.out_dir}')
+        raise UserError(f'{config.out_dir}: holds no checkpoint; train first: python examples/seq2seq/train_seq2seq.py --out_dir={config.out_dir}')
     path, state = checkpoint.load_from(config.out_dir, best, optimizer=True, any_model=True)
     if 'norm_first' not in state['model_args']:
-        raise UserError(f'{path}: is a GPT, not an encoder–decoder; answer.py answers with what it trained')
+        raise UserError(f'{path}: is a GPT, not an encoder–decoder; examples/seq2seq/train_seq2seq.py answers with what it trained')
     for name in OF_THE_MODEL:
         if name in given(config) and getattr(config, name) != state['config'].get(name):
             raise UserError(f'{name}={getattr(config, name)}, but {path} has {name}={state["config"].get(name)}: leave {name} out, or start anew')
@@ -382,7 +384,7 @@ def train(config: AnswerConfig) -> dict[str, Any]:
                 say(f'{signal.Signals(asked["signal"]).name}: saved {config.out_dir}/ckpt.pt at step {step:,}; go on with --init_from=resume')
                 sys.exit(128 + asked['signal'])
         spent = clock(seconds_before + time.perf_counter() - began)
-        say(f'done: {step:,} steps in {spent}, best validation loss {best_val_loss:.4f}; ask it: python answer.py --out_dir={config.out_dir} --line="…"')
+        say(f'done: {step:,} steps in {spent}, best validation loss {best_val_loss:.4f}; ask it: python examples/seq2seq/train_seq2seq.py --out_dir={config.out_dir} --line="…"')
     finally:
         bar.close()
         restore()

@@ -9,10 +9,10 @@ A run with parallel='fsdp' writes folders instead (`ckpt`, `ckpt.prev`, `best`),
 PyTorch's Distributed Checkpoint, `state.json` with everything that is no tensor, and `SHA256SUMS`. They load wherever files do,
 on any number of processes. To look at either kind, check it, or make one of the other:
 
-    python checkpoint.py inspect out/ckpt.pt
-    python checkpoint.py verify out
-    python checkpoint.py merge out/ckpt out/ckpt.pt
-    python checkpoint.py split out/ckpt.pt out/ckpt
+    python -m lyregpt checkpoint inspect out/ckpt.pt
+    python -m lyregpt checkpoint verify out
+    python -m lyregpt checkpoint merge out/ckpt out/ckpt.pt
+    python -m lyregpt checkpoint split out/ckpt.pt out/ckpt
 """
 
 import argparse
@@ -39,11 +39,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, run
-from dataset import read_meta, sync_folder, write_whole
-from machine import is_sharded, local
+from lyregpt.dataset import read_meta, sync_folder, write_whole
+from lyregpt.device import is_sharded, local
+from lyregpt.optim import configure_optimizers
+from lyregpt.tokenizer import Tokenizer, from_state
 from model import GPT, GPTConfig
-from optimizer import configure_optimizers
-from tokenizer import Tokenizer, from_state
 
 SUMS, REST = 'SHA256SUMS', 'state.json'  # in a folder
 END, MARK = b'PK\x05\x06', b'sha256:'  # of a zip's last record, and of our comment behind it
@@ -364,9 +364,9 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
 
 
 def check_gpt(state: dict[str, Any], path: str) -> None:
-    """Raises UserError if the checkpoint is answer.py's."""
+    """Raises UserError if the checkpoint is examples/seq2seq/train_seq2seq.py's."""
     if 'norm_first' in state['model_args']:
-        raise UserError(f'{path}: is an encoder–decoder by answer.py, not a GPT; ask it with: python answer.py --out_dir={path} --line="…"')
+        raise UserError(f'{path}: is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"')
 
 
 def verify(path: str) -> None:

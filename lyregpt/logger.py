@@ -10,11 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-import checkpoint
 from configurator import UserError
-from dataset import write_whole
-from report import METRICS, read_sessions
-from tokenizer import Tokenizer
+from lyregpt import checkpoint
+from lyregpt.dataset import write_whole
+from lyregpt.report import METRICS, read_sessions
+from lyregpt.tokenizer import Tokenizer
 
 OF_A_RUN = tuple(
     'ckpt.prev.pt ckpt.prev ckpt.pt ckpt best.pt best best.prev metrics.csv train.log config.json run.json tokenizer.json report.html'.split()

@@ -1,8 +1,8 @@
 """Text ⇄ token ids: characters, byte-level BPE or WordPiece trained on your corpus, or GPT-2's BPE, behind one interface.
 
-    python tokenizer.py train songs.txt more.txt --vocab_size=2048 --out=tokenizer.json
-    python tokenizer.py encode --tokenizer=tokenizer.json "Hail the rain"      (or text on stdin)
-    python tokenizer.py decode --tokenizer=tokenizer.json 523 17 902           (or ids on stdin)
+    python -m lyregpt tokenizer train songs.txt more.txt --vocab_size=2048 --out=tokenizer.json
+    python -m lyregpt tokenizer encode --tokenizer=tokenizer.json "Hail the rain"      (or text on stdin)
+    python -m lyregpt tokenizer decode --tokenizer=tokenizer.json 523 17 902           (or ids on stdin)
 
 A tokenizer is plain JSON (`state()`): the dataset's meta.json and the checkpoint both hold it, so a model never meets
 the wrong one. `--tokenizer=gpt2` needs no file of ours. `to_hf()` and `load` speak Hugging Face's tokenizer.json too.
@@ -379,7 +379,7 @@ def from_hf(state: dict[str, Any], eot: str = EOT) -> Tokenizer:
         theirs = found.to_hf()
         if all(theirs[part] == state.get(part) for part in ('model', 'pre_tokenizer', 'normalizer')):
             return found
-    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or WordPiece or characters as export.py writes them')
+    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or WordPiece or characters as lyregpt/export.py writes them')
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -424,7 +424,7 @@ def load(path: str) -> Tokenizer:
         eos = (eos.get('content') if isinstance(eos, dict) else eos) or EOT
         return from_hf(from_vocab(path, eos, bool(beside.get('add_prefix_space'))) if older else state, eos)
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file; `python tokenizer.py train FILE… --out={path}` makes one') from None
+        raise UserError(f'{path}: no such file; `python -m lyregpt tokenizer train FILE… --out={path}` makes one') from None
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # a foreign or damaged file may fail in the JSON or deep in the library

@@ -26,8 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_state, train_tokenizer
-from tokenizer import load as load_tokenizer
+from lyregpt import ROOT
+from lyregpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_state, train_tokenizer
+from lyregpt.tokenizer import load as load_tokenizer
 
 Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
 HEADERS, HEADER_BYTES = {20240520: (1, 2), 20240801: (7, 4)}, 1024  # llm.c's magic numbers, versions, and bytes of an id
@@ -164,7 +165,7 @@ def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
 def folder_of(dataset: str) -> str:
     """The folder that a `dataset` knob names: the path of one, or a name under data/, here or beside this file."""
     here = os.path.join('data', dataset)
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), here)
+    beside = os.path.join(ROOT, here)
     return next((folder for folder in (dataset, here, beside) if os.path.isdir(folder)), here)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from lyregpt import ROOT
+
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Is it a DTensor? Asked so because importing those takes half a second, which most runs need not spend."""
@@ -180,7 +182,7 @@ def memory_by_part(model: torch.nn.Module, optimizers: Iterable[torch.optim.Opti
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a report names, so that a run can be made again: versions, system, device, processors, memory, and this code's commit if git tells it."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = ROOT
     told: dict[str, Any] = {'Python': platform.python_version(), 'PyTorch': torch.__version__, 'system': platform.platform()}
     told['device'] = f'cuda, {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else device.type
     if device.type == 'cpu':

@@ -31,8 +31,8 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
 from configurator import UserError, check_name, convert, help_text
-from dataset import write_whole
-from tokenizer import Tokenizer
+from lyregpt.dataset import write_whole
+from lyregpt.tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces
 FIXED = {'out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize', 'compile', 'json', 'interactive', 'num_samples', 'start', 'dataset'}
@@ -60,7 +60,7 @@ class Text:
 
 class Session:
     """What is typed, one line after another. `begin(config, text=None, ids=None)` gives a prompt, its ids and those that continue
-    it (sample.py), `training()` the index of the training split (originality.py)."""
+    it (sample.py), `training()` the index of the training split (lyregpt/originality.py)."""
 
     def __init__(self, config: Any, tokenizer: Tokenizer, begin: Callable[..., tuple[str, list[int], Iterator[Any]]], training: Any = None):
         self.config, self.tokenizer, self.begin, self.training = replace(config, num_samples=1), tokenizer, begin, training

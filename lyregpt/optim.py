@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from machine import fast_bf16, is_sharded, local
+from lyregpt.device import fast_bf16, is_sharded, local
 from model import GPT
 
 

@@ -1,7 +1,7 @@
 """Write a trained model in the formats that other people's tools load.
 
-    python export.py --out_dir=out-darklyrics                    a folder for Hugging Face's transformers: export-darklyrics/
-    python export.py --out_dir=out-darklyrics --format=gguf      a file for llama.cpp, Ollama and LM Studio: export-darklyrics.gguf
+    python -m lyregpt export --out_dir=out-darklyrics                    a folder for Hugging Face's transformers: export-darklyrics/
+    python -m lyregpt export --out_dir=out-darklyrics --format=gguf      a file for llama.cpp, Ollama and LM Studio: export-darklyrics.gguf
 
 GPT-2's shape becomes GPT2LMHeadModel, the modern one Qwen3ForCausalLM, with the tokenizer and a model card to fill in. The
 folder comes back with --init_from=export-darklyrics (sample.py, train.py) and --tokenizer=export-darklyrics/tokenizer.json.
@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import checkpoint
 from configurator import UserError, configure, run
+from lyregpt import checkpoint
+from lyregpt.pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_conv1d
+from lyregpt.tokenizer import EOT, Tokenizer, bytes_to_unicode
 from model import PRESETS, GPTConfig
-from pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_conv1d
-from tokenizer import EOT, Tokenizer, bytes_to_unicode
 
 DTYPES = {'float32': (torch.float32, 'F32'), 'bfloat16': (torch.bfloat16, 'BF16'), 'float16': (torch.float16, 'F16')}  # torch's, and GGUF's name
 
@@ -272,7 +272,7 @@ LM Studio: `lms import {file}`, then a plain text completion without a chat temp
 
 lyreGPT: `python sample.py --init_from={name}`, and `python train.py --init_from={name}` to train it further.
 
-For llama.cpp, Ollama and LM Studio: `python export.py --format=gguf` makes the file and says how.'''
+For llama.cpp, Ollama and LM Studio: `python -m lyregpt export --format=gguf` makes the file and says how.'''
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
     return f'''---
 library_name: {'gguf' if gguf else 'transformers'}

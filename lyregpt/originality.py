@@ -1,8 +1,8 @@
 """Is a generated line new? Every run of words that a text shares with the training split, found exactly.
 
-    python originality.py --dataset=darklyrics                               (builds the index; the others do so when they need it)
-    python originality.py --dataset=darklyrics --text="the rain came down"
-    python originality.py --dataset=darklyrics --file=my_song.txt
+    python -m lyregpt originality --dataset=darklyrics                               (builds the index; the others do so when they need it)
+    python -m lyregpt originality --dataset=darklyrics --text="the rain came down"
+    python -m lyregpt originality --dataset=darklyrics --file=my_song.txt
 
 A word is a run of letters and digits with the marks on them and inner apostrophes, casefolded, ’ taken as ', é the same in one
 character or two. Line breaks and punctuation do not matter. Scripts without blanks between words (Chinese, Japanese, Thai) are not
@@ -33,8 +33,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, run
-from dataset import TokenFile, folder_of, read_tokenizer, token_files
-from tokenizer import Tokenizer
+from lyregpt.dataset import TokenFile, folder_of, read_tokenizer, token_files
+from lyregpt.tokenizer import Tokenizer
 
 MARKS = re.compile('[' + ''.join(chr(i) for i in [*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)] if unicodedata.category(chr(i)) in ('Mn', 'Mc')) + ']+')
 WORD = re.compile(rf"[^\W_]+(?:['’][^\W_]+|(?=[^\0-\u02ff]){MARKS.pattern}[^\W_]*)*")  # the glance ahead spares looking most marks up

@@ -1,7 +1,7 @@
 """The original Transformer (Vaswani et al. 2017): an encoder reads a source, a decoder writes what answers it.
 
 The parts are model.py's: attention, MLP, norms, the KV cache. New here are the cross-attention, by which every token of the answer
-looks at the source, norms behind the sum (or before it, as in the GPT), and beam search. answer.py trains one on lines of verse.
+looks at the source, norms behind the sum (or before it, as in the GPT), and beam search. examples/seq2seq/train_seq2seq.py trains one on lines of verse.
 
     model = EncoderDecoder(EncoderDecoderConfig(vocab_size=100, n_layer=2, n_embd=64, n_head=4))
     loss = model(source, idx, targets)                      # mean, in nats per token
@@ -21,7 +21,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MLP, CausalSelfAttention, GPTConfig, KVCache, Linear, RMSNorm, make_norm, sinusoids
+from model import (
+    MLP,
+    CausalSelfAttention,
+    GPTConfig,
+    KVCache,
+    Linear,
+    RMSNorm,
+    make_norm,
+    sinusoids,
+)
 
 
 @dataclass

@@ -25,23 +25,31 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-import threads  # noqa: F401  before torch: it decides how torch's threads wait
+from lyregpt import threads  # noqa: F401  before torch: it decides how torch's threads wait
 
 # isort: split
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import train as trainer
 from configurator import UserError, build, read_config_file
-from dataset import Piece, choose_tokenizer, find_files, folder_of, read_documents, read_meta, split_text, write_dataset
+from lyregpt import ROOT, checkpoint
+from lyregpt.dataset import (
+    Piece,
+    choose_tokenizer,
+    find_files,
+    folder_of,
+    read_documents,
+    read_meta,
+    split_text,
+    write_dataset,
+)
+from lyregpt.originality import index_of
+from lyregpt.pretrained import is_pretrained
+from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT
-from originality import index_of
-from pretrained import is_pretrained
 from sample import SampleConfig, begin, load_trained, prompt_text
-from tokenizer import Tokenizer, of_pretrained
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 LOADING = ('device', 'dtype', 'threads', 'quantize', 'compile')
 WRITING = tuple('artist album title max_new_tokens temperature top_k top_p repetition_penalty stop_at_end seed avoid_copying dataset'.split())
 LEAST = 200  # characters that can be cut into windows at all
@@ -259,7 +267,7 @@ def prepare(texts: list[str], out_dir: str, tokenizer: Tokenizer | str, vocab_si
 def suited(tokens: int | None, knobs: dict[str, Any], begin_from: str = 'scratch') -> dict[str, Any]:
     """Knobs for so many training tokens (None: unknown), beside those that are set: the sizes of config/, with as many steps as pay."""
     name = 'finetune_darklyrics' if begin_from != 'scratch' else 'tiny' if tokens and tokens < TINY else 'small'
-    values = read_config_file(os.path.join(HERE, 'config', f'{name}.py'), trainer.TrainConfig, {})
+    values = read_config_file(os.path.join(ROOT, 'config', f'{name}.py'), trainer.TrainConfig, {})
     values = {k: v for k, v in values.items() if k not in ('out_dir', 'dataset', 'prepare', 'init_from', 'sample_interval')}
     if tokens:
         values['block_size'] = min(values['block_size'], 2 ** int(math.log2(max(8, tokens / 4))))

@@ -1,9 +1,9 @@
 """A trained model over HTTP, as OpenAI's completions API has it, and in a web page on the same port.
 
-    python serve.py --out_dir=out-darklyrics              then open http://127.0.0.1:8000
+    python -m lyregpt serve --out_dir=out-darklyrics              then open http://127.0.0.1:8000
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The rain", "max_tokens": 60}'
 
-Requests in flight share one batch (engine.py). Nothing in a request reaches the file system, and the server talks to nobody
+Requests in flight share one batch (lyregpt/engine.py). Nothing in a request reaches the file system, and the server talks to nobody
 else: no telemetry, no fonts or scripts from other hosts. The page's Watch tab shows every training run under --runs_dir.
 """
 
@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import threads  # before torch: it decides how torch's threads wait
+from lyregpt import threads  # before torch: it decides how torch's threads wait
 
 # isort: split
 import plotly
@@ -41,11 +41,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import originality
-import report
 from configurator import UserError, configure, run
-from dataset import folder_of, song_head, token_files
-from engine import Ended, Engine, Full, Piece, Row
+from lyregpt import originality, report
+from lyregpt.dataset import folder_of, song_head, token_files
+from lyregpt.engine import Ended, Engine, Full, Piece, Row
 from model import GPT
 from sample import SampleConfig, load_trained
 

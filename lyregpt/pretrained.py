@@ -1,4 +1,4 @@
-"""Weights that others trained: a GPT from Hugging Face's files of GPT-2 or Qwen3. export.py is the way back."""
+"""Weights that others trained: a GPT from Hugging Face's files of GPT-2 or Qwen3. lyregpt/export.py is the way back."""
 
 import functools
 import json

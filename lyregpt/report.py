@@ -1,10 +1,10 @@
 """A run on one page: what it was, how it went, what to try next; and two runs side by side.
 
-    python report.py --out_dir=out-darklyrics         (train.py ends with this; here again, or of a run that goes on or was killed)
+    python -m lyregpt report --out_dir=out-darklyrics         (train.py ends with this; here again, or of a run that goes on or was killed)
     python bench.py --compare out-a out-b             (asks `compare`)
 
 report.html is one file without any script that opens, offline too, wherever it is sent. Its curves are matplotlib's SVG, about 0.1 MB in all:
-Plotly's interactive ones would bring 4.8 MB of script into each report, and serve.py has those already.
+Plotly's interactive ones would bring 4.8 MB of script into each report, and lyregpt/serve.py has those already.
 """
 
 import csv
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from configurator import UserError, configure, run
-from dataset import write_whole
+from lyregpt.dataset import write_whole
 
 METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
 Row = dict[str, float | None]  # of metrics.csv; None: a field without a figure
@@ -159,7 +159,7 @@ def read_run(out_dir: str) -> Run:
     except (OSError, ValueError):
         config = {}
     if isinstance(config, dict) and 'label_smoothing' in config:
-        raise UserError(f'{out_dir}: a run of answer.py, an encoder–decoder; only runs of train.py are told of here')
+        raise UserError(f'{out_dir}: a run of examples/seq2seq/train_seq2seq.py, an encoder–decoder; only runs of train.py are told of here')
     return Run(out_dir, rows, config if isinstance(config, dict) else {}, read_sessions(out_dir), read_samples(out_dir))
 
 
@@ -555,7 +555,7 @@ def page(run: Run) -> str:
     out.append(f'<section><h2>Settings</h2>{table([(k, v) for k, v in run.config.items() if k in changed])}')
     rest = [(k, v) for k, v in run.config.items() if k not in changed]
     out.append(f'<details><summary>All others, which have their defaults</summary>{table(rest)}</details>' if rest else '')
-    out.append(f'</section></div><p><small>Written {time.strftime("%Y-%m-%d %H:%M")} by lyreGPT\'s report.py.</small></p>')
+    out.append(f'</section></div><p><small>Written {time.strftime("%Y-%m-%d %H:%M")} by lyreGPT\'s lyregpt/report.py.</small></p>')
     return PAGE.substitute(title=esc(f'{run.out_dir}: a run'), body='\n'.join(out))
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from lyregpt.tokenizer import Tokenizer
 from model import GPT, KVCache, draw
-from tokenizer import Tokenizer
 
 CHUNK = 256  # prompt tokens read between two steps: a long prompt must not make the others wait
 KEYS = 64

@@ -1,8 +1,8 @@
 """Is this installation sound? Half a minute at most, on CUDA up to a minute more, to compile. It needs no dataset and no network;
 all it writes goes into a temporary folder that it removes.
 
-    python quick_test.py
-    python quick_test.py --device=cuda
+    python -m lyregpt doctor
+    python -m lyregpt doctor --device=cuda
 
 A line for each check: ok, note (works, but look), or FAIL with what to do. Exit status 1 if anything FAILs.
 """
@@ -31,8 +31,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  the scripts below could not even 
 sys.dont_write_bytecode = True  # beside the scripts nothing is left either
 from configurator import UserError, configure, run  # noqa: E402  nothing here may need a package before that is checked
 
-HERE = Path(__file__).resolve().parent
-SCRIPTS = 'train sample serve interactive export originality bench report answer lyregpt scrapers.darklyrics_scraper scrapers.build_dataset'.split()
+HERE = Path(__file__).resolve().parent.parent
+SCRIPTS = 'train sample bench lyregpt.serve lyregpt.repl lyregpt.export lyregpt.originality lyregpt.report lyregpt.api scrapers.darklyrics_scraper scrapers.build_dataset'.split()
 INSTALL = 'pip install -r requirements.txt'
 
 
@@ -103,7 +103,7 @@ def device(config: QuickConfig) -> str:
     """What is computed on. Raises UserError for a device that is not there."""
     import torch
 
-    from machine import pick_device, pick_dtype
+    from lyregpt.device import pick_device, pick_dtype
 
     try:
         where = pick_device(config.device)
@@ -118,7 +118,7 @@ def products(config: QuickConfig) -> str:
     """A matrix product: right, and how fast?"""
     import torch
 
-    from machine import matmul_ceiling, pick_device, pick_dtype
+    from lyregpt.device import matmul_ceiling, pick_device, pick_dtype
 
     where = pick_device(config.device)
     dtype = pick_dtype(config.dtype, where)
@@ -139,7 +139,7 @@ assert torch.equal(torch.compile(lambda x: x * 2 + 1)(x), x * 2 + 1)
 
 def compiling(config: QuickConfig) -> str:
     """torch.compile, which is on by itself on CUDA alone: a small function there, in a process that a time limit can end."""
-    from machine import can_compile, pick_device
+    from lyregpt.device import can_compile, pick_device
 
     where = pick_device(config.device)
     if where.type != 'cuda':
@@ -172,7 +172,7 @@ def resuming(config: QuickConfig, folder: str) -> str:
     """The same run stopped halfway and resumed: the same weights?"""
     import torch
 
-    import checkpoint
+    from lyregpt import checkpoint
 
     learn(config, f'{folder}/parts', max_iters=10)
     learn(config, f'{folder}/parts', max_iters=20, init_from='resume')
