@@ -32,7 +32,14 @@ from lyregpt.dataset import write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # nanoGPT's README, for a CPU
-CPU_SIZE = ['--n_layer=4', '--n_head=4', '--n_embd=128', '--block_size=64', '--batch_size=12', '--dropout=0.0']
+CPU_SIZE = [
+    '--n_layer=4',
+    '--n_head=4',
+    '--n_embd=128',
+    '--block_size=64',
+    '--batch_size=12',
+    '--dropout=0.0',
+]
 SHAPES = {
     'small': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=50304),
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304),
@@ -43,39 +50,70 @@ SHAPES = {
 class BenchConfig:
     """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
 
-    mode: Literal['all', 'train', 'loss', 'tokens', 'sample', 'data', 'memory', 'save', 'scaling', 'serve', 'ceiling', 'start'] = 'all'  # what is measured
+    mode: Literal[
+        'all',
+        'train',
+        'loss',
+        'tokens',
+        'sample',
+        'data',
+        'memory',
+        'save',
+        'scaling',
+        'serve',
+        'ceiling',
+        'start',
+    ] = 'all'  # what is measured
     peer: str = ''  # a nanoGPT checkout to measure beside; for sample also: transformers
     rounds: int = 3  # times that each side runs
     input: str = ''  # for loss and data: a text (for loss Tiny Shakespeare's), if it is not prepared or cannot be downloaded
     dataset: str = ''  # for tokens: a folder with train.bin and val.bin of GPT-2's tokens
-    target: float | None = None  # for loss: the validation loss over the whole split; None: 1.88 on a CPU, 1.4697 on a GPU (nanoGPT's)
+    target: float | None = (
+        None  # for loss: the validation loss over the whole split; None: 1.88 on a CPU, 1.4697 on a GPU (nanoGPT's)
+    )
     out_dir: str = 'out-darklyrics'  # for serve: the trained model
     seconds: float = 20  # for serve: how long clients go on asking
     tokens: int = 300  # for sample and serve: new tokens
-    batch: int | None = None  # windows or samples at once; None: 1, and 16 windows for train on a GPU
-    size: Literal['small', 'gpt2'] = 'gpt2'  # for train, memory and sample: nanoGPT's CPU size, or GPT-2's 124M; random weights: values change no speed
-    arch: Literal['gpt2', 'modern'] = 'gpt2'  # for train, memory and save: the peer's model with AdamW, or our defaults with Muon
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # ours; auto as in train.py and sample.py. nanoGPT knows float32 only on a CPU
+    batch: int | None = (
+        None  # windows or samples at once; None: 1, and 16 windows for train on a GPU
+    )
+    size: Literal['small', 'gpt2'] = (
+        'gpt2'  # for train, memory and sample: nanoGPT's CPU size, or GPT-2's 124M; random weights: values change no speed
+    )
+    arch: Literal['gpt2', 'modern'] = (
+        'gpt2'  # for train, memory and save: the peer's model with AdamW, or our defaults with Muon
+    )
+    dtype: Literal['auto', 'float32', 'bfloat16'] = (
+        'auto'  # ours; auto as in train.py and sample.py. nanoGPT knows float32 only on a CPU
+    )
     quantize: Literal['int8'] | None = None  # for sample: as in sample.py
     remat: bool = False  # for train: as in train.py
-    compile: bool | Literal['auto'] = 'auto'  # for train and loss: as in train.py; for sample auto is CUDA
+    compile: bool | Literal['auto'] = (
+        'auto'  # for train and loss: as in train.py; for sample auto is CUDA
+    )
     device: str = 'auto'  # auto, cpu, cuda, mps
     json: str = ''  # write the figures to this file too
-    compare: list[str] | None = None  # measure nothing: set two runs side by side, as in --compare out-a out-b
+    compare: list[str] | None = (
+        None  # measure nothing: set two runs side by side, as in --compare out-a out-b
+    )
 
     def __post_init__(self) -> None:
         for name in ('rounds', 'tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected at least 1')
         if self.compare is not None and len(self.compare) != 2:
-            raise ValueError(f'compare={",".join(self.compare)}: expected two folders, as in --compare out-a out-b')
+            raise ValueError(
+                f'compare={",".join(self.compare)}: expected two folders, as in --compare out-a out-b'
+            )
 
 
 # -----------------------------------------------------------------------------
 # Processes of their own
 
 
-def child(code: str, cwd: str = HERE, env: dict[str, str] | None = None, **values: Any) -> dict[str, float]:
+def child(
+    code: str, cwd: str = HERE, env: dict[str, str] | None = None, **values: Any
+) -> dict[str, float]:
     """Run Python code in a process of its own that sets `result`. Adds wall seconds and the peak memory of it and its children in MB.
 
     Raises UserError if it fails.
@@ -95,7 +133,11 @@ print('\\n' + json.dumps({'memory_mb': round(memory)} | result))
     before = ''.join(f'{name} = {value!r}\n' for name, value in values.items())
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, '-c', f'import json, sys, time\nsys.path.insert(0, {cwd!r})\n{before}{code}{tail}'],
+        [
+            sys.executable,
+            '-c',
+            f'import json, sys, time\nsys.path.insert(0, {cwd!r})\n{before}{code}{tail}',
+        ],
         cwd=cwd,
         env=os.environ | (env or {}),
         capture_output=True,
@@ -106,7 +148,9 @@ print('\\n' + json.dumps({'memory_mb': round(memory)} | result))
         raise UserError(
             f'a measured process failed: {(done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1][:300]}'
         )
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {'wall_s': time.perf_counter() - began}
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {
+        'wall_s': time.perf_counter() - began
+    }
 
 
 OURS_TRAIN = """
@@ -305,38 +349,78 @@ class Table:
         self.figures: dict[str, dict[str, list[float]]] = {}
         self.ceiling = ceiling
 
-    def measure(self, title: str, rounds: int, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]] | None = None) -> None:
+    def measure(
+        self,
+        title: str,
+        rounds: int,
+        ours: Callable[[], dict[str, float]],
+        theirs: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
         """Run `ours` and `theirs` in turn, `rounds` times, and keep every figure that they return, with what the machine could do just before."""
         for number in range(rounds):
             for side, call in (('ours', ours), ('peer', theirs)):
                 if call:
-                    print(f'  {title}: {side}, round {number + 1} of {rounds} …', file=sys.stderr, flush=True)
-                    for name, value in ({'machine_gflop_per_s': self.ceiling() / 1e9} | call()).items():
-                        self.figures.setdefault(f'{title} {name}', {}).setdefault(side, []).append(value)
+                    print(
+                        f'  {title}: {side}, round {number + 1} of {rounds} …',
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    for name, value in (
+                        {'machine_gflop_per_s': self.ceiling() / 1e9} | call()
+                    ).items():
+                        self.figures.setdefault(f'{title} {name}', {}).setdefault(side, []).append(
+                            value
+                        )
 
     def show(self) -> None:
         """Print median and range of each figure, the ratio of the pairs, and where the machine was too noisy to say."""
-        print(f'\n{"figure":<46}{"ours: median (min–max)":>30}{"peer: median (min–max)":>30}{"ours/peer":>22}')
+        print(
+            f'\n{"figure":<46}{"ours: median (min–max)":>30}{"peer: median (min–max)":>30}{"ours/peer":>22}'
+        )
         for name, sides in self.figures.items():
             cells = [
-                f'{number(statistics.median(v))} ({number(min(v))}–{number(max(v))})' if (v := sides.get(side)) else '–'
+                f'{number(statistics.median(v))} ({number(min(v))}–{number(max(v))})'
+                if (v := sides.get(side))
+                else '–'
                 for side in ('ours', 'peer')
             ]
             pairs = [a / b for a, b in zip(sides.get('ours', []), sides.get('peer', [])) if b]
-            ratio = f'{number(statistics.median(pairs))} ({number(min(pairs))}–{number(max(pairs))})' if pairs else '–'
+            ratio = (
+                f'{number(statistics.median(pairs))} ({number(min(pairs))}–{number(max(pairs))})'
+                if pairs
+                else '–'
+            )
             print(f'{name:<46}{cells[0]:>30}{cells[1]:>30}{ratio:>22}')
-            machine = [v for values in sides.values() for v in values] if name.endswith('machine_gflop_per_s') else []
+            machine = (
+                [v for values in sides.values() for v in values]
+                if name.endswith('machine_gflop_per_s')
+                else []
+            )
             if machine and max(machine) > 1.5 * min(machine):
-                print('  too noisy: the speed of the machine itself changed by more than half between these runs; run them again on a quiet one')
-            elif len(pairs) > 1 and max(pairs) > 1.5 * min(pairs) and not name.endswith('machine_gflop_per_s'):
+                print(
+                    '  too noisy: the speed of the machine itself changed by more than half between these runs; run them again on a quiet one'
+                )
+            elif (
+                len(pairs) > 1
+                and max(pairs) > 1.5 * min(pairs)
+                and not name.endswith('machine_gflop_per_s')
+            ):
                 print('  too noisy to say: the pairs differ by more than half')
-            elif not pairs and any(len(v) > 1 and max(v) > 1.5 * min(v) > 0 for v in sides.values()):
+            elif not pairs and any(
+                len(v) > 1 and max(v) > 1.5 * min(v) > 0 for v in sides.values()
+            ):
                 print('  too noisy to say: the runs differ by more than half')
 
 
 def number(value: float) -> str:
     """Three figures at most, thousands with commas."""
-    return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}' if abs(value) < 1 else f'{value:.2f}'
+    return (
+        f'{value:,.0f}'
+        if abs(value) >= 100
+        else f'{value:.3g}'
+        if abs(value) < 1
+        else f'{value:.2f}'
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -356,10 +440,34 @@ def measure_train(table: Table, config: BenchConfig, device: str) -> None:
         dice = np.random.default_rng(1337)
         for name, count in (('train', 2**20), ('val', shape['block_size'] + 1)):
             dice.integers(0, 50257, count).astype('<u2').tofile(os.path.join(data, f'{name}.bin'))
-        common = [*sizes, f'--dataset={data}', f'--device={device}', f'--max_iters={steps}', '--eval_interval=1000000', '--weight_decay=0.1']
-        ours = [*common, f'--arch={config.arch}', f'--optimizer={"muon" if config.arch == "modern" else "adamw"}', f'--dtype={config.dtype}']
-        ours += ['--log_interval=10' if cuda else '--log_interval=1', f'--compile={config.compile}', f'--remat={config.remat}', '--decay_lr=False']
-        peer = [*common, '--log_interval=1', '--eval_iters=1', '--decay_lr=False', f'--compile={cuda}', f'--out_dir={data}']
+        common = [
+            *sizes,
+            f'--dataset={data}',
+            f'--device={device}',
+            f'--max_iters={steps}',
+            '--eval_interval=1000000',
+            '--weight_decay=0.1',
+        ]
+        ours = [
+            *common,
+            f'--arch={config.arch}',
+            f'--optimizer={"muon" if config.arch == "modern" else "adamw"}',
+            f'--dtype={config.dtype}',
+        ]
+        ours += [
+            '--log_interval=10' if cuda else '--log_interval=1',
+            f'--compile={config.compile}',
+            f'--remat={config.remat}',
+            '--decay_lr=False',
+        ]
+        peer = [
+            *common,
+            '--log_interval=1',
+            '--eval_iters=1',
+            '--decay_lr=False',
+            f'--compile={cuda}',
+            f'--out_dir={data}',
+        ]
         table.measure(
             f'train {config.size} {batch}x{shape["block_size"]}',
             config.rounds,
@@ -377,9 +485,18 @@ def measure_train(table: Table, config: BenchConfig, device: str) -> None:
 
 def whole_split_loss(out: str, data: str, device: str) -> float:
     """The validation loss of the checkpoint in `out` by our measure, the whole split."""
-    words = [f'--init_from={out}/ckpt.pt', f'--dataset={data}', '--eval_only', f'--device={device}', f'--out_dir={out}/eval']
+    words = [
+        f'--init_from={out}/ckpt.pt',
+        f'--dataset={data}',
+        '--eval_only',
+        f'--device={device}',
+        f'--out_dir={out}/eval',
+    ]
     code = 'from configurator import configure\nfrom train import TrainConfig, train\n'
-    return child(code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n', words=words)['val_loss']
+    return child(
+        code + 'result = {"val_loss": train(configure(TrainConfig, words))["val_loss"]}\n',
+        words=words,
+    )['val_loss']
 
 
 def prepared_shakespeare(config: BenchConfig, folder: str) -> None:
@@ -402,26 +519,58 @@ def measure_loss(table: Table, config: BenchConfig, device: str) -> None:
     target = config.target or (1.4697 if cuda else 1.88)
     with tempfile.TemporaryDirectory() as data:
         prepared_shakespeare(config, data)
-        words = ['config/train_shakespeare_char.py', f'--device={device}', f'--target_val_loss={target}', f'--dataset={data}']
-        words += [f'--compile={config.compile}', f'--dtype={config.dtype}'] + ([] if cuda else ['config/tiny.py', '--eval_interval=270'])
+        words = [
+            'config/train_shakespeare_char.py',
+            f'--device={device}',
+            f'--target_val_loss={target}',
+            f'--dataset={data}',
+        ]
+        words += [f'--compile={config.compile}', f'--dtype={config.dtype}'] + (
+            [] if cuda else ['config/tiny.py', '--eval_interval=270']
+        )
 
         def ours() -> dict[str, float]:
             with tempfile.TemporaryDirectory() as cache:
-                cold, warm = (child(OURS_TRAIN, env={'TORCHINDUCTOR_CACHE_DIR': cache}, words=words, skip=0) for _ in 'cw')
+                cold, warm = (
+                    child(OURS_TRAIN, env={'TORCHINDUCTOR_CACHE_DIR': cache}, words=words, skip=0)
+                    for _ in 'cw'
+                )
             return cold | {'warm_wall_s': warm['wall_s'], 'warm_train_s': warm['train_s']}
 
         def theirs() -> dict[str, float]:
             steps = 5000 if cuda else 2000
             with tempfile.TemporaryDirectory() as out:
-                peer = ['config/train_shakespeare_char.py', f'--device={device}', f'--dataset={data}', f'--out_dir={out}', '--log_interval=1']
+                peer = [
+                    'config/train_shakespeare_char.py',
+                    f'--device={device}',
+                    f'--dataset={data}',
+                    f'--out_dir={out}',
+                    '--log_interval=1',
+                ]
                 if not cuda:
-                    peer += [*CPU_SIZE, '--compile=False', '--eval_iters=20', f'--max_iters={steps}', f'--lr_decay_iters={steps}']
-                result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=10, every=250, steps=steps, tokens_per_step=64 * 256 if cuda else 12 * 64)
+                    peer += [
+                        *CPU_SIZE,
+                        '--compile=False',
+                        '--eval_iters=20',
+                        f'--max_iters={steps}',
+                        f'--lr_decay_iters={steps}',
+                    ]
+                result = child(
+                    PEER_TRAIN,
+                    cwd=config.peer,
+                    words=peer,
+                    skip=10,
+                    every=250,
+                    steps=steps,
+                    tokens_per_step=64 * 256 if cuda else 12 * 64,
+                )
                 return result | {'val_loss': whole_split_loss(out, data, device)}
 
         table.measure('loss', config.rounds, ours, theirs if config.peer else None)
     losses = table.figures['loss val_loss']['ours']
-    print(f'validation loss over the whole split ≤ {target}: reached in {sum(v <= target for v in losses)} of {len(losses)} runs')
+    print(
+        f'validation loss over the whole split ≤ {target}: reached in {sum(v <= target for v in losses)} of {len(losses)} runs'
+    )
 
 
 def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
@@ -430,23 +579,67 @@ def measure_tokens(table: Table, config: BenchConfig, device: str) -> None:
     Raises UserError without a dataset of GPT-2 tokens.
     """
     if not os.path.isfile(os.path.join(config.dataset, 'train.bin')):
-        raise UserError(f'dataset={config.dataset}: give a folder with train.bin and val.bin (python data/text/prepare.py --tokenizer=gpt2 makes one)')
+        raise UserError(
+            f'dataset={config.dataset}: give a folder with train.bin and val.bin (python data/text/prepare.py --tokenizer=gpt2 makes one)'
+        )
     shape, batch = SHAPES[config.size], config.batch or 16
-    sizes = [f'--{k}={v}' for k, v in shape.items() if k != 'vocab_size'] + [f'--batch_size={batch}', '--gradient_accumulation_steps=8']
-    common = [*sizes, f'--dataset={os.path.abspath(config.dataset)}', f'--device={device}', '--eval_interval=1000000']
+    sizes = [f'--{k}={v}' for k, v in shape.items() if k != 'vocab_size'] + [
+        f'--batch_size={batch}',
+        '--gradient_accumulation_steps=8',
+    ]
+    common = [
+        *sizes,
+        f'--dataset={os.path.abspath(config.dataset)}',
+        f'--device={device}',
+        '--eval_interval=1000000',
+    ]
 
     def ours(steps: int) -> dict[str, float]:
-        words = [*common, f'--max_iters={steps}', f'--warmup_iters={steps // 15}', '--learning_rate=2e-3', '--lr_schedule=linear', '--min_lr=0']
+        words = [
+            *common,
+            f'--max_iters={steps}',
+            f'--warmup_iters={steps // 15}',
+            '--learning_rate=2e-3',
+            '--lr_schedule=linear',
+            '--min_lr=0',
+        ]
         return child(OURS_TRAIN, words=[*words, '--tie_weights=True', '--warmdown=0.7'], skip=0)
 
     def theirs() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as out:
-            peer = [*common, f'--out_dir={out}', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--eval_interval=300']
-            peer += ['--log_interval=10', '--eval_iters=20', '--always_save_checkpoint=True', f'--compile={device.startswith("cuda")}']
-            result = child(PEER_TRAIN, cwd=config.peer, words=peer, skip=20, every=300, steps=300, tokens_per_step=batch * 8 * shape['block_size'])
-            return result | {'val_loss': whole_split_loss(out, os.path.abspath(config.dataset), device)}
+            peer = [
+                *common,
+                f'--out_dir={out}',
+                '--max_iters=300',
+                '--lr_decay_iters=300',
+                '--warmup_iters=20',
+                '--eval_interval=300',
+            ]
+            peer += [
+                '--log_interval=10',
+                '--eval_iters=20',
+                '--always_save_checkpoint=True',
+                f'--compile={device.startswith("cuda")}',
+            ]
+            result = child(
+                PEER_TRAIN,
+                cwd=config.peer,
+                words=peer,
+                skip=20,
+                every=300,
+                steps=300,
+                tokens_per_step=batch * 8 * shape['block_size'],
+            )
+            return result | {
+                'val_loss': whole_split_loss(out, os.path.abspath(config.dataset), device)
+            }
 
-    table.measure('tokens: ours 150 steps, peer 300', config.rounds, lambda: ours(150), theirs if config.peer else None)
+    table.measure(
+        'tokens: ours 150 steps, peer 300',
+        config.rounds,
+        lambda: ours(150),
+        theirs if config.peer else None,
+    )
     table.measure('tokens: ours 100 steps', config.rounds, lambda: ours(100))
 
 
@@ -459,15 +652,28 @@ def measure_sample(table: Table, config: BenchConfig, device: str, tokens: int) 
     large = config.size == 'gpt2' and not config.quantize
     dtype = str(pick_dtype(config.dtype, torch.device(device), large)).removeprefix('torch.')
     shape = {'bias': True} | SHAPES[config.size] | {'vocab_size': 50257}
-    common: dict[str, Any] = dict(shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1)
-    compiled = device.startswith('cuda') and not can_compile(torch.device(device)) if config.compile == 'auto' else config.compile
+    common: dict[str, Any] = dict(
+        shape=shape, device=device, tokens=tokens, prompt=[1], batch=config.batch or 1
+    )
+    compiled = (
+        device.startswith('cuda') and not can_compile(torch.device(device))
+        if config.compile == 'auto'
+        else config.compile
+    )
     theirs: Callable[[], dict[str, float]] | None = None
     if config.peer == 'transformers':
         theirs = lambda: child(TRANSFORMERS_SAMPLE, dtype='bfloat16', **common)  # noqa: E731
     elif config.peer:
         theirs = lambda: child(PEER_SAMPLE, cwd=config.peer, **common)  # noqa: E731
     title = f'sample {config.size} {config.quantize or dtype} x{config.batch or 1}'
-    table.measure(title, config.rounds, lambda: child(OURS_SAMPLE, dtype=dtype, quantize=config.quantize, compile=compiled, **common), theirs)
+    table.measure(
+        title,
+        config.rounds,
+        lambda: child(
+            OURS_SAMPLE, dtype=dtype, quantize=config.quantize, compile=compiled, **common
+        ),
+        theirs,
+    )
 
 
 def measure_data(table: Table, config: BenchConfig) -> None:
@@ -476,7 +682,10 @@ def measure_data(table: Table, config: BenchConfig) -> None:
     source = config.input or os.path.join(HERE, 'data', 'darklyrics', 'demo.jsonl')
     with open(source, encoding='utf-8') as f:
         text = f.read()
-    for kind, name, size in (('characters', 'shakespeare_char', 20_000_000), ('gpt2', 'shakespeare', 10_000_000)):
+    for kind, name, size in (
+        ('characters', 'shakespeare_char', 20_000_000),
+        ('gpt2', 'shakespeare', 10_000_000),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'input.txt')  # where nanoGPT's own prepare.py looks for it
             with open(path, 'w', encoding='utf-8') as f:
@@ -488,7 +697,10 @@ def measure_data(table: Table, config: BenchConfig) -> None:
                 return run_timed(words, HERE, megabytes)
 
             def theirs() -> dict[str, float]:
-                script = shutil.copy(os.path.join(config.peer, 'data', name, 'prepare.py'), os.path.join(folder, 'prepare.py'))
+                script = shutil.copy(
+                    os.path.join(config.peer, 'data', name, 'prepare.py'),
+                    os.path.join(folder, 'prepare.py'),
+                )
                 return run_timed([script], folder, megabytes)
 
             table.measure(f'data {kind}', config.rounds, ours, theirs if config.peer else None)
@@ -504,31 +716,78 @@ def measure_scaling(table: Table, config: BenchConfig, device: str) -> None:
     import numpy as np
 
     sizes = {'4x128': (4, 128), '6x384': (6, 384), '12x768': (12, 768)}
-    runs = [(size, 512, 1, 'ddp') for size in sizes] + [('6x384', context, 1, 'ddp') for context in (128, 2048)]
-    runs += [('6x384', 512, processes, parallel) for processes in (2, 4) for parallel in ('ddp', 'fsdp')]
+    runs = [(size, 512, 1, 'ddp') for size in sizes] + [
+        ('6x384', context, 1, 'ddp') for context in (128, 2048)
+    ]
+    runs += [
+        ('6x384', 512, processes, parallel) for processes in (2, 4) for parallel in ('ddp', 'fsdp')
+    ]
     with tempfile.TemporaryDirectory() as data:
         for name, count in (('train', 2**20), ('val', 2**12)):
-            np.random.default_rng(1337).integers(0, 50257, count).astype('<u2').tofile(os.path.join(data, f'{name}.bin'))
+            np.random.default_rng(1337).integers(0, 50257, count).astype('<u2').tofile(
+                os.path.join(data, f'{name}.bin')
+            )
 
         def steps(size: str, context: int, processes: int, parallel: str) -> dict[str, float]:
             layers, width = sizes[size]
-            knobs: dict[str, Any] = dict(n_layer=layers, n_embd=width, n_head=width // 64, block_size=context)
-            knobs |= dict(dataset=data, out_dir=os.path.join(data, 'out'), device=device, dtype=config.dtype, parallel=parallel)
-            knobs |= dict(batch_size=max(1, 4096 // context // processes), gradient_accumulation_steps=processes)
-            knobs |= dict(max_iters=8, eval_interval=10**6, eval_iters=1, log_interval=1, checkpoint_minutes=0, warmup_iters=0)
-            launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-            threads = {} if 'cuda' in device else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes))}
+            knobs: dict[str, Any] = dict(
+                n_layer=layers, n_embd=width, n_head=width // 64, block_size=context
+            )
+            knobs |= dict(
+                dataset=data,
+                out_dir=os.path.join(data, 'out'),
+                device=device,
+                dtype=config.dtype,
+                parallel=parallel,
+            )
+            knobs |= dict(
+                batch_size=max(1, 4096 // context // processes),
+                gradient_accumulation_steps=processes,
+            )
+            knobs |= dict(
+                max_iters=8,
+                eval_interval=10**6,
+                eval_iters=1,
+                log_interval=1,
+                checkpoint_minutes=0,
+                warmup_iters=0,
+            )
+            launch = (
+                ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+                if processes > 1
+                else []
+            )
+            threads = (
+                {}
+                if 'cuda' in device
+                else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes))}
+            )
             words = [sys.executable, *launch, 'train.py', *(f'--{k}={v}' for k, v in knobs.items())]
-            done = subprocess.run(words, cwd=HERE, env=os.environ | threads, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                words,
+                cwd=HERE,
+                env=os.environ | threads,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode:
-                raise UserError(f'a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}')
+                raise UserError(
+                    f'a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}'
+                )
             with open(os.path.join(data, 'out', 'metrics.csv'), encoding='utf-8') as f:
-                speeds = [float(row['tokens_per_second']) for row in csv.DictReader(f) if row['tokens_per_second']]
+                speeds = [
+                    float(row['tokens_per_second'])
+                    for row in csv.DictReader(f)
+                    if row['tokens_per_second']
+                ]
             shutil.rmtree(os.path.join(data, 'out'))
             return {'s_a_step': 4096 / statistics.median(speeds[2:])}
 
         for size, context, processes, parallel in runs:
-            title = f'{size} context {context}, {processes} {parallel if processes > 1 else "process"}'
+            title = (
+                f'{size} context {context}, {processes} {parallel if processes > 1 else "process"}'
+            )
             table.measure(title, config.rounds, lambda: steps(size, context, processes, parallel))
 
 
@@ -556,7 +815,9 @@ async def ask(port: int, fields: dict[str, Any]) -> tuple[str, int, list[float]]
     """One streamed completion: its text, its tokens, and when its pieces came. Raises OSError for any answer but a whole one."""
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     try:
-        body = json.dumps(fields | {'stream': True, 'stream_options': {'include_usage': True}}).encode()
+        body = json.dumps(
+            fields | {'stream': True, 'stream_options': {'include_usage': True}}
+        ).encode()
         head = f'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n'
         writer.write(f'{head}Connection: close\r\n\r\n'.encode() + body)
         text, tokens, times, done = '', 0, [], False
@@ -577,12 +838,19 @@ async def ask(port: int, fields: dict[str, Any]) -> tuple[str, int, list[float]]
         writer.close()
 
 
-async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seconds: float) -> dict[str, float]:
+async def load(
+    port: int, asked: list[dict[str, Any]], expected: list[str], seconds: float
+) -> dict[str, float]:
     """One client for each request asks it again and again for `seconds`; the figures, with how many answers failed or were not `expected`.
 
     Raises UserError if no answer was whole.
     """
-    began, firsts, gaps, counts = time.perf_counter(), list[float](), list[float](), [0] * len(asked)
+    began, firsts, gaps, counts = (
+        time.perf_counter(),
+        list[float](),
+        list[float](),
+        [0] * len(asked),
+    )
     failed = wrong = answers = 0
 
     async def client(i: int) -> None:
@@ -594,7 +862,11 @@ async def load(port: int, asked: list[dict[str, Any]], expected: list[str], seco
                 failed += 1
                 await asyncio.sleep(0.1)
                 continue
-            answers, wrong, counts[i] = answers + 1, wrong + (text != expected[i]), counts[i] + tokens
+            answers, wrong, counts[i] = (
+                answers + 1,
+                wrong + (text != expected[i]),
+                counts[i] + tokens,
+            )
             firsts.append(times[0] - at)
             gaps.append(max((b - a for a, b in zip(times, times[1:])), default=0))
 
@@ -620,10 +892,24 @@ def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
     Raises UserError if it does not start.
     """
     starts = ('The rain', 'A stone in the', '', 'We sang until the lamp went out and', 'Nobody')
-    asked = [dict(prompt=starts[i % len(starts)], max_tokens=config.tokens, temperature=1.0, seed=i) for i in range(64)]
-    words = ['-m', 'lyregpt', 'serve', f'--out_dir={config.out_dir}', f'--device={device}', f'--dtype={config.dtype}', '--port=0', f'--quantize={config.quantize}']
+    asked = [
+        dict(prompt=starts[i % len(starts)], max_tokens=config.tokens, temperature=1.0, seed=i)
+        for i in range(64)
+    ]
+    words = [
+        '-m',
+        'lyregpt',
+        'serve',
+        f'--out_dir={config.out_dir}',
+        f'--device={device}',
+        f'--dtype={config.dtype}',
+        '--port=0',
+        f'--quantize={config.quantize}',
+    ]
     log = tempfile.TemporaryFile('w+')
-    server = subprocess.Popen([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, stderr=log, text=True)
+    server = subprocess.Popen(
+        [sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, stderr=log, text=True
+    )
     assert server.stdout
     try:
         if 'http' not in (line := server.stdout.readline()):
@@ -637,11 +923,21 @@ def measure_serve(table: Table, config: BenchConfig, device: str) -> None:
             def ours() -> dict[str, float]:
                 before = resident(server.pid)
                 figures = asyncio.run(load(port, asked[:clients], expected, config.seconds))
-                return figures | {'server_mb': resident(server.pid), 'server_grew_mb': resident(server.pid) - before}
+                return figures | {
+                    'server_mb': resident(server.pid),
+                    'server_grew_mb': resident(server.pid) - before,
+                }
 
-            values: dict[str, Any] = dict(out_dir=config.out_dir, device=device, dtype=config.dtype, quantize=config.quantize)
+            values: dict[str, Any] = dict(
+                out_dir=config.out_dir, device=device, dtype=config.dtype, quantize=config.quantize
+            )
             values |= dict(seconds=config.seconds, asked=asked[:clients])
-            table.measure(f'serve {clients} clients', config.rounds, ours, lambda: child(GENERATE_ONE_BY_ONE, **values))
+            table.measure(
+                f'serve {clients} clients',
+                config.rounds,
+                ours,
+                lambda: child(GENERATE_ONE_BY_ONE, **values),
+            )
     finally:
         server.terminate()
         server.wait()
@@ -660,9 +956,13 @@ def resident(pid: int) -> float:
 def run_timed(words: list[str], cwd: str, megabytes: float) -> dict[str, float]:
     """MB a second of a script that reads `megabytes`. Raises UserError if it fails."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise UserError(f'{words[0]} failed: {(done.stderr.strip() or "no message").splitlines()[-1][:300]}')
+        raise UserError(
+            f'{words[0]} failed: {(done.stderr.strip() or "no message").splitlines()[-1][:300]}'
+        )
     return {'mb_per_s': megabytes / (time.perf_counter() - began)}
 
 
@@ -712,31 +1012,74 @@ def main() -> None:
     if config.peer == 'transformers' and config.mode != 'sample':
         raise UserError('peer=transformers: serves --mode=sample only')
     batch, values = config.batch or 1, dict[str, Any]()
-    table, everything = Table(lambda: matmul_ceiling(torch.device(device), torch.float32)), config.mode == 'all'
-    print(f'torch {torch.__version__}, {device}, {threads.describe_threads()}; {config.rounds} round{"s" * (config.rounds > 1)}')
+    table, everything = (
+        Table(lambda: matmul_ceiling(torch.device(device), torch.float32)),
+        config.mode == 'all',
+    )
+    print(
+        f'torch {torch.__version__}, {device}, {threads.describe_threads()}; {config.rounds} round{"s" * (config.rounds > 1)}'
+    )
 
     try:
         if everything or config.mode == 'ceiling':
             table.measure('ceiling', config.rounds, lambda: child(CEILING, device=device))
         if everything or config.mode == 'start':
-            words = ['config/train_darklyrics.py', f'--device={device}', '--max_iters=1', '--log_interval=1', '--eval_iters=1']
+            words = [
+                'config/train_darklyrics.py',
+                f'--device={device}',
+                '--max_iters=1',
+                '--log_interval=1',
+                '--eval_iters=1',
+            ]
             table.measure('start', config.rounds, lambda: child(OURS_TRAIN, words=words, skip=0))
         if everything or config.mode == 'train':
             measure_train(table, config, device)
         if everything or config.mode == 'memory':
-            values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype)
-            table.measure(f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}', config.rounds, lambda: child(OURS_MEMORY, **values))
+            values = dict(
+                device=device,
+                arch=config.arch,
+                shape=SHAPES[config.size],
+                batch=batch,
+                dtype=config.dtype,
+            )
+            table.measure(
+                f'memory {config.size} {batch}x{SHAPES[config.size]["block_size"]}',
+                config.rounds,
+                lambda: child(OURS_MEMORY, **values),
+            )
         if config.mode == 'scaling':
             measure_scaling(table, config, device)
         if config.mode == 'save':
             for name, background in ('async', True), ('sync', False):
-                values = dict(device=device, arch=config.arch, shape=SHAPES[config.size], batch=batch, dtype=config.dtype, steps=16, background=background)
-                table.measure(f'save {config.size} {name}', config.rounds, lambda: child(OURS_SAVE, **values))
+                values = dict(
+                    device=device,
+                    arch=config.arch,
+                    shape=SHAPES[config.size],
+                    batch=batch,
+                    dtype=config.dtype,
+                    steps=16,
+                    background=background,
+                )
+                table.measure(
+                    f'save {config.size} {name}', config.rounds, lambda: child(OURS_SAVE, **values)
+                )
         if everything or config.mode == 'sample':
-            measure_sample(table, config, device, min(config.tokens, 100) if everything and not config.peer else config.tokens)
+            measure_sample(
+                table,
+                config,
+                device,
+                min(config.tokens, 100) if everything and not config.peer else config.tokens,
+            )
         if everything or config.mode == 'data':
             measure_data(table, config)
-        if config.mode == 'loss' or everything and (config.input or os.path.isfile(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))):
+        if (
+            config.mode == 'loss'
+            or everything
+            and (
+                config.input
+                or os.path.isfile(os.path.join(HERE, 'data', 'shakespeare_char', 'train.bin'))
+            )
+        ):
             measure_loss(table, config, device)
         if config.mode == 'serve':
             measure_serve(table, config, device)
@@ -746,7 +1089,15 @@ def main() -> None:
         if table.figures:
             table.show()
         if config.json:
-            save(config.json, {'torch': torch.__version__, 'device': device, 'threads': torch.get_num_threads(), 'figures': table.figures})
+            save(
+                config.json,
+                {
+                    'torch': torch.__version__,
+                    'device': device,
+                    'threads': torch.get_num_threads(),
+                    'figures': table.figures,
+                },
+            )
 
 
 if __name__ == '__main__':

@@ -33,7 +33,11 @@ class UserError(ValueError):
 
 def run(main: Callable[[], Any]) -> None:
     """Call `main()` as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Windows' default encoding lacks most of what a model may write
+    for stream in (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    ):  # Windows' default encoding lacks most of what a model may write
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding='utf-8', errors='replace')
     try:
@@ -48,8 +52,13 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a full disk, a missing permission: the system's own words, without the stack
-        print(f'{os.path.basename(sys.argv[0])}: error: {error.filename or "input or output"}: {error.strerror or error}', file=sys.stderr)
+    except (
+        OSError
+    ) as error:  # a full disk, a missing permission: the system's own words, without the stack
+        print(
+            f'{os.path.basename(sys.argv[0])}: error: {error.filename or "input or output"}: {error.strerror or error}',
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -75,9 +84,13 @@ def configure(knobs: type[T], argv: Sequence[str] | None = None, description: st
         key = check_name(key.replace('-', '_'), types_, '--')
         if not equals:
             is_flag = bool in _members(types_[key])
-            if words and (_fits(types_[key], words[0]) if is_flag else not words[0].startswith('--')):
+            if words and (
+                _fits(types_[key], words[0]) if is_flag else not words[0].startswith('--')
+            ):
                 text = words.pop(0)
-                if any(typing.get_origin(member) in (list, tuple) for member in _members(types_[key])):
+                if any(
+                    typing.get_origin(member) in (list, tuple) for member in _members(types_[key])
+                ):
                     while words and not words[0].startswith('--'):
                         text += ',' + words.pop(0)
             elif is_flag:
@@ -94,8 +107,14 @@ def build(knobs: type[T], values: dict[str, Any], known: typing.Iterable[str] = 
     `known` are the names that may be set, if not all.
     """
     types_ = typing.get_type_hints(knobs)
-    values = {check_name(k, known or types_, see=f'python {knobs.__module__}.py --help'): v for k, v in values.items()}
-    values = {k: convert(k, types_[k], os.fspath(v) if isinstance(v, os.PathLike) else v) for k, v in values.items()}
+    values = {
+        check_name(k, known or types_, see=f'python {knobs.__module__}.py --help'): v
+        for k, v in values.items()
+    }
+    values = {
+        k: convert(k, types_[k], os.fspath(v) if isinstance(v, os.PathLike) else v)
+        for k, v in values.items()
+    }
     try:
         config = knobs(**values)
     except ValueError as error:
@@ -106,7 +125,9 @@ def build(knobs: type[T], values: dict[str, Any], known: typing.Iterable[str] = 
 
 def given(config: Any) -> frozenset[str]:
     """The names of the knobs that somebody set: by `configure`, or, built by hand, those that differ from their defaults."""
-    changed = frozenset(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)
+    changed = frozenset(
+        f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
+    )
     return getattr(config, 'given', changed)
 
 
@@ -118,11 +139,15 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
     types_ = typing.get_type_hints(knobs)
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
-        near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1)
+        near = difflib.get_close_matches(
+            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1
+        )
         hint = f'; did you mean {os.path.join(os.path.dirname(path), near[0])}?' if near else ''
         if os.path.isdir(path) and 'out_dir' in types_:
             hint = f'; did you mean --out_dir={path}?'
-        raise UserError(f'{path}: no such config file (options begin with --, as in --batch_size=32){hint}')
+        raise UserError(
+            f'{path}: no such config file (options begin with --, as in --batch_size=32){hint}'
+        )
     try:
         with open(path, encoding='utf-8') as f:
             text = f.read()
@@ -130,9 +155,17 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
             found = parse(path, text)
         else:
             code = compile(text, path, 'exec')
-            scope = {f.name: f.default for f in dataclasses.fields(knobs)} | so_far | {'__file__': path, '__name__': 'config'}
+            scope = (
+                {f.name: f.default for f in dataclasses.fields(knobs)}
+                | so_far
+                | {'__file__': path, '__name__': 'config'}
+            )
             exec(code, scope)
-            stored = {i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL')}
+            stored = {
+                i.argval
+                for i in dis.get_instructions(code)
+                if i.opname in ('STORE_NAME', 'STORE_GLOBAL')
+            }
             found = {
                 k: v
                 for k, v in scope.items()
@@ -141,10 +174,17 @@ def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str
                 and (k in types_ or not isinstance(v, (types.ModuleType, types.FunctionType, type)))
             }
     except Exception as error:  # whatever the person's own file raises is told as their mistake
-        raise UserError(f'{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}') from None
+        raise UserError(
+            f'{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}'
+        ) from None
     if not isinstance(found, dict):
-        raise UserError(f'{path}: expected one mapping of knobs to values, found {type(found).__name__}')
-    return {check_name(k, types_, '', f'{path}: '): convert(f'{path}: {k}', types_[k], v) for k, v in found.items()}
+        raise UserError(
+            f'{path}: expected one mapping of knobs to values, found {type(found).__name__}'
+        )
+    return {
+        check_name(k, types_, '', f'{path}: '): convert(f'{path}: {k}', types_[k], v)
+        for k, v in found.items()
+    }
 
 
 def parse(path: str, text: str) -> Any:
@@ -156,11 +196,20 @@ def parse(path: str, text: str) -> Any:
     return yaml.safe_load(text) or {}
 
 
-def check_name(key: str, known: typing.Iterable[str], dashes: str = '', where: str = '', kind: str = 'knob', see: str = '--help') -> str:
+def check_name(
+    key: str,
+    known: typing.Iterable[str],
+    dashes: str = '',
+    where: str = '',
+    kind: str = 'knob',
+    see: str = '--help',
+) -> str:
     """`key` itself if it is known; else UserError with the nearest known name."""
     if key in known:
         return key
-    near = [k for k in known if key and k.startswith(str(key))] or difflib.get_close_matches(str(key), list(known), 1, cutoff=0.5)
+    near = [k for k in known if key and k.startswith(str(key))] or difflib.get_close_matches(
+        str(key), list(known), 1, cutoff=0.5
+    )
     hint = f'; did you mean {dashes}{near[0]}?' if near else ''
     raise UserError(f'{where}unknown {kind} {dashes}{key}{hint} ({see} lists all)')
 
@@ -191,7 +240,16 @@ def _members(kind: Any) -> tuple:
 
 
 def _as_bool(text: str) -> bool | None:
-    return {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': False, 'no': False, 'off': False}.get(text.lower())
+    return {
+        'true': True,
+        '1': True,
+        'yes': True,
+        'on': True,
+        'false': False,
+        '0': False,
+        'no': False,
+        'off': False,
+    }.get(text.lower())
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -224,14 +282,24 @@ def _convert(kind: Any, value: Any) -> Any:
     elif typing.get_origin(kind) in (list, tuple):
         (item, *_) = typing.get_args(kind)
         if text:
-            value = ast.literal_eval(value) if value[:1] in '[(' else [v.strip() for v in value.split(',') if v.strip()]
+            value = (
+                ast.literal_eval(value)
+                if value[:1] in '[('
+                else [v.strip() for v in value.split(',') if v.strip()]
+            )
         if isinstance(value, (list, tuple)):
             return [convert('item', item, v) for v in value]
     raise ValueError
 
 
 def _describe(kind: Any) -> str:
-    names = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}
+    names = {
+        int: 'a whole number',
+        float: 'a number',
+        bool: 'True or False',
+        str: 'text',
+        type(None): 'None',
+    }
     if len(_members(kind)) > 1:
         return ' or '.join(_describe(m) for m in reversed(_members(kind)))
     if typing.get_origin(kind) is typing.Literal:
@@ -245,7 +313,9 @@ def help_text(knobs: type, description: str = '') -> str:
     """What `--help` prints: each knob, its default and its comment, under the headings that stand alone as comments."""
     source = inspect.getsource(knobs)
     comments = {
-        t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT
+        t.start[0]: t.string.lstrip('# ')
+        for t in tokenize.generate_tokens(StringIO(source).readline)
+        if t.type == tokenize.COMMENT
     }
     lines = [description.strip(), ''] if description else []
     defaults = {f.name: f.default for f in dataclasses.fields(knobs)}
@@ -253,9 +323,15 @@ def help_text(knobs: type, description: str = '') -> str:
         if not isinstance(node, ast.AnnAssign):
             continue
         name = typing.cast(ast.Name, node.target).id
-        if heading := comments.get(node.lineno - 1) if source.splitlines()[node.lineno - 2].lstrip().startswith('#') else None:
+        if (
+            heading := comments.get(node.lineno - 1)
+            if source.splitlines()[node.lineno - 2].lstrip().startswith('#')
+            else None
+        ):
             lines.append(f'{heading}:')
-        comment = ' '.join(comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments)
+        comment = ' '.join(
+            comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments
+        )
         default = str(defaults[name]).replace('\n', '\\n')
         lines.append(f'  --{name}={default}'.ljust(36) + f'  {comment}')
     return '\n'.join(lines)

@@ -25,8 +25,12 @@ import torch.utils.checkpoint
 from lyregpt.device import fast_int8, is_sharded, put
 
 PRESETS: dict[str, dict[str, Any]] = {
-    'gpt2': dict(bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True),
-    'modern': dict(bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False),
+    'gpt2': dict(
+        bias=True, position='learned', norm='layernorm', mlp='gelu', qk_norm=False, tie_weights=True
+    ),
+    'modern': dict(
+        bias=False, position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False
+    ),
 }
 NANOGPT_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 
@@ -42,13 +46,25 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool | None = None  # biases in linear layers and LayerNorms
-    arch: str = 'gpt2'  # nanoGPT's checkpoints name none, so here it is the default; train.py's is modern
-    n_kv_head: int | None = None  # key and value heads, shared by n_head / n_kv_head query heads each; None: n_head
-    n_ff: int | None = None  # width inside the MLP; None: 4 C, or 8/3 C rounded up to a multiple of 32 for swiglu
-    position: str | None = None  # learned, rope (Su et al. 2021) or sinusoidal (Vaswani et al. 2017)
+    arch: str = (
+        'gpt2'  # nanoGPT's checkpoints name none, so here it is the default; train.py's is modern
+    )
+    n_kv_head: int | None = (
+        None  # key and value heads, shared by n_head / n_kv_head query heads each; None: n_head
+    )
+    n_ff: int | None = (
+        None  # width inside the MLP; None: 4 C, or 8/3 C rounded up to a multiple of 32 for swiglu
+    )
+    position: str | None = (
+        None  # learned, rope (Su et al. 2021) or sinusoidal (Vaswani et al. 2017)
+    )
     norm: str | None = None  # layernorm or rmsnorm (Zhang and Sennrich 2019)
-    mlp: str | None = None  # gelu, swiglu (Shazeer 2020), relu (Vaswani et al. 2017) or relu2 (So et al. 2021)
-    qk_norm: bool | None = None  # normalize queries and keys (Henry et al. 2020): steady at high learning rates
+    mlp: str | None = (
+        None  # gelu, swiglu (Shazeer 2020), relu (Vaswani et al. 2017) or relu2 (So et al. 2021)
+    )
+    qk_norm: bool | None = (
+        None  # normalize queries and keys (Henry et al. 2020): steady at high learning rates
+    )
     tie_weights: bool | None = None  # one matrix for embedding and head (Press and Wolf 2017)
     rope_theta: float = 10000.0
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
@@ -66,14 +82,20 @@ class GPTConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         if self.head_dim is None:
             if self.n_embd % self.n_head:
-                raise ValueError(f'n_head={self.n_head} does not divide n_embd={self.n_embd}: every head takes an equal share of the width')
+                raise ValueError(
+                    f'n_head={self.n_head} does not divide n_embd={self.n_embd}: every head takes an equal share of the width'
+                )
             self.head_dim = self.n_embd // self.n_head
         if self.head_dim < 1:
             raise ValueError(f'head_dim={self.head_dim}: expected at least 1')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}')
         if self.n_ff is None:
-            self.n_ff = 32 * math.ceil(self.n_embd * 8 / 3 / 32) if self.mlp == 'swiglu' else 4 * self.n_embd
+            self.n_ff = (
+                32 * math.ceil(self.n_embd * 8 / 3 / 32)
+                if self.mlp == 'swiglu'
+                else 4 * self.n_embd
+            )
         if self.n_ff < 1:
             raise ValueError(f'n_ff={self.n_ff}: expected at least 1')
         if not 0 <= self.dropout < 1:
@@ -86,7 +108,9 @@ class GPTConfig:
             if getattr(self, key) not in known:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(known)}')
         if self.position == 'rope' and self.head_dim % 2:
-            raise ValueError(f'head_dim={self.head_dim} (n_embd / n_head, if not given): RoPE turns pairs, so it must be even')
+            raise ValueError(
+                f'head_dim={self.head_dim} (n_embd / n_head, if not given): RoPE turns pairs, so it must be even'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that rebuild this config; for plain GPT-2 exactly nanoGPT's seven, so that nanoGPT can read them."""
@@ -109,7 +133,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, dim) → the same shape (Ba et al. 2016)."""
-        return F.layer_norm(x, self.weight.shape, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x), 1e-5)
+        return F.layer_norm(
+            x,
+            self.weight.shape,
+            self.weight.type_as(x),
+            None if self.bias is None else self.bias.type_as(x),
+            1e-5,
+        )
 
 
 class RMSNorm(nn.Module):
@@ -131,7 +161,9 @@ def make_norm(config: GPTConfig, dim: int) -> nn.Module:
 
 def angles(length: int, dim: int, theta: float) -> torch.Tensor:
     """How far a position has turned each of the dim / 2 hands, from fast to slow: (length, dim / 2) radians."""
-    return torch.outer(torch.arange(length).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    return torch.outer(
+        torch.arange(length).float(), theta ** (-torch.arange(0, dim, 2).float() / dim)
+    )
 
 
 def sinusoids(length: int, dim: int) -> torch.Tensor:
@@ -155,14 +187,27 @@ class KVCache:
     of its own for each row, (B, 1), makes texts of any length neighbours (lyregpt/engine.py).
     """
 
-    def __init__(self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch, config.n_kv_head or config.n_head, room, config.head_dim or 0)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a compiled step reads the whole room, masked
+    def __init__(
+        self, config: GPTConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (
+            config.n_layer,
+            2,
+            batch,
+            config.n_kv_head or config.n_head,
+            room,
+            config.head_dim or 0,
+        )
+        self.data = torch.zeros(
+            shape, device=device, dtype=dtype
+        )  # zeros: a compiled step reads the whole room, masked
         self.length = 0
         self.pad: torch.Tensor | None = None
         self.place: torch.Tensor | None = None
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' k and v (B, n_kv_head, T, D) behind the old; returns all keys and values so far."""
         if self.place is not None and self.place.dim() == 2:
             rows, heads = (torch.arange(n, device=k.device) for n in k.shape[:2])
@@ -179,14 +224,18 @@ class KVCache:
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
 
 
-def attend_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def attend_alike(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """Attention of one query a row, q (B, H, 1, D) to k and v (B, n_kv_head, keys, D), mask (B, 1, 1, keys): plain products.
 
     To the last bit the same whoever else is in the batch, unlike the fused kernel, whose threads differ in their rounding on
     a CPU (He et al. 2025, "Defeating Nondeterminism in LLM Inference"; here measured by tests/test_engine.py).
     """
     B, H, _, D = q.shape
-    scores = q.reshape(B, k.size(1), H // k.size(1), D) @ k.transpose(-1, -2) * D**-0.5  # query heads that share keys, together
+    scores = (
+        q.reshape(B, k.size(1), H // k.size(1), D) @ k.transpose(-1, -2) * D**-0.5
+    )  # query heads that share keys, together
     return (scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v).view(B, H, 1, D)
 
 
@@ -194,7 +243,13 @@ class CastLinear(torch.autograd.Function):
     """x Wᵀ + b in autocast's dtype that keeps no copy of W in that dtype for the backward pass: it is cast again there."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         """x (…, in), weight (out, in), bias (out,) or None → (…, out) in `dtype`."""
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
@@ -209,7 +264,12 @@ class CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
         dw = (dy.t() @ x.flatten(0, -2)).to(weight.dtype)
-        return grads[0] @ weight.to(x.dtype), dw, dy.sum(0, dtype=torch.float32) if ctx.has_bias else None, None
+        return (
+            grads[0] @ weight.to(x.dtype),
+            dw,
+            dy.sum(0, dtype=torch.float32) if ctx.has_bias else None,
+            None,
+        )
 
 
 class Linear(nn.Linear):
@@ -217,7 +277,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input (…, in) → (…, out)."""
-        if input.device.type == 'cpu' and torch.is_autocast_enabled('cpu') and torch.is_grad_enabled():
+        if (
+            input.device.type == 'cpu'
+            and torch.is_autocast_enabled('cpu')
+            and torch.is_grad_enabled()
+        ):
             return CastLinear.apply(input, self.weight, self.bias, torch.get_autocast_dtype('cpu'))
         return super().forward(input)
 
@@ -234,12 +298,20 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or 0
         bias = bool(config.bias)
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)
+        self.c_attn = Linear(
+            config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias
+        )
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=bias)
-        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if config.qk_norm else None for _ in 'qk')
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim) if config.qk_norm else None for _ in 'qk'
+        )
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
     ) -> torch.Tensor:
         """x (B, T, C) → (B, T, C). `rope`: cosines and sines; `mask`: which keys each query sees, None for all up to itself; `cache`: what came before."""
         B, T, _ = x.shape
@@ -253,7 +325,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
             q = q.to(k.dtype)  # a cache may be finer than the weights
-        if cache is not None and cache.place is not None and cache.place.dim() == 2 and mask is not None:
+        if (
+            cache is not None
+            and cache.place is not None
+            and cache.place.dim() == 2
+            and mask is not None
+        ):
             y = attend_alike(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(
@@ -276,7 +353,9 @@ class MLP(nn.Module):
         super().__init__()
         self.kind, self.dropout = config.mlp, config.dropout
         n_ff = config.n_ff or 0
-        self.c_fc = Linear(config.n_embd, n_ff * (2 if self.kind == 'swiglu' else 1), bias=bool(config.bias))
+        self.c_fc = Linear(
+            config.n_embd, n_ff * (2 if self.kind == 'swiglu' else 1), bias=bool(config.bias)
+        )
         self.c_proj = Linear(n_ff, config.n_embd, bias=bool(config.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +365,13 @@ class MLP(nn.Module):
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = F.gelu(x, approximate='tanh') if self.kind == 'gelu' else F.relu(x) if self.kind == 'relu' else F.relu(x).square()
+            x = (
+                F.gelu(x, approximate='tanh')
+                if self.kind == 'gelu'
+                else F.relu(x)
+                if self.kind == 'relu'
+                else F.relu(x).square()
+            )
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -301,7 +386,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None, cache: KVCache | None
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
     ) -> torch.Tensor:
         """x (B, T, C) → (B, T, C); the rest as in CausalSelfAttention."""
         x = x + self.attn(self.ln_1(x), rope, mask, cache)
@@ -348,7 +437,9 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
         weight = (weight / scale[:, None]).round().to(torch.int8)
         self.round_activations = weight.device.type == 'cpu' and fast_int8()
-        self.padding = 0 if weight.is_cuda or self.round_activations else -weight.size(1) % 32  # rows of _weight_int8pack_mm are whole vectors
+        self.padding = (
+            0 if weight.is_cuda or self.round_activations else -weight.size(1) % 32
+        )  # rows of _weight_int8pack_mm are whole vectors
         self.register_buffer('weight', F.pad(weight, (0, self.padding)), persistent=False)
         self.register_buffer('scale', scale, persistent=False)
         self.bias = linear.bias
@@ -364,7 +455,11 @@ class Int8Linear(nn.Module):
         else:
             rows = x.flatten(0, -2).float()
             scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
-            y = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t()) * scale * self.scale
+            y = (
+                torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t())
+                * scale
+                * self.scale
+            )
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -378,14 +473,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, training: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, training: bool
+    ) -> torch.Tensor:
         """The summed loss, a scalar in fp32, in nats."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
-        most = 2 ** (24 if device == 'cpu' else 27) // weight.size(0)  # fp32 logits: 64 MB at a time, or 512 on a GPU
+        most = 2 ** (24 if device == 'cpu' else 27) // weight.size(
+            0
+        )  # fp32 logits: 64 MB at a time, or 512 on a GPU
         chunk = max(64, -(-x.size(0) // -(-x.size(0) // max(1, most))))  # equal parts
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if training else (None, None)
+        dx, dw = (
+            (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32))
+            if training
+            else (None, None)
+        )
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             for start in range(0, x.size(0), chunk):
@@ -393,12 +496,21 @@ class LinearCrossEntropy(torch.autograd.Function):
                 keep = (target >= 0).float()
                 log_p = F.log_softmax(part @ w.t(), dim=-1, dtype=torch.float32)
                 target = target.clamp(min=0)[:, None]
-                loss = loss - log_p.gather(1, target)[:, 0] @ keep  # not in place: compiled by torch 2.11, all gradients would be zero
+                loss = (
+                    loss - log_p.gather(1, target)[:, 0] @ keep
+                )  # not in place: compiled by torch 2.11, all gradients would be zero
                 if dx is not None and dw is not None:
-                    grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(keep[:, None]).to(dtype)
+                    grad = (
+                        log_p.exp_()
+                        .scatter_add_(1, target, -torch.ones_like(log_p[:, :1]))
+                        .mul_(keep[:, None])
+                        .to(dtype)
+                    )
                     del log_p  # the largest tensor of all
                     dx[start : start + chunk] = grad @ w
-                    for some, columns in zip(dw.split(8192), grad.split(8192, dim=1)):  # a temporary of (V, C) would cost more than the product
+                    for some, columns in zip(
+                        dw.split(8192), grad.split(8192, dim=1)
+                    ):  # a temporary of (V, C) would cost more than the product
                         some += columns.t() @ part
                     del grad
         ctx.dtype = weight.dtype
@@ -409,7 +521,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Hands out the gradients that the forward pass took."""
-        dx, dw = ctx.saved_tensors  # scaled in place: (V, C) is too large for a copy, so backward can run only once
+        dx, dw = (
+            ctx.saved_tensors
+        )  # scaled in place: (V, C) is too large for a copy, so backward can run only once
         return dx.mul_(grads[0].to(dx.dtype)), dw.mul_(grads[0]).to(ctx.dtype), None, None
 
 
@@ -436,11 +550,17 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
-        with torch.device('meta'):  # shapes only: nothing is drawn that init_weights would draw again
+        with torch.device(
+            'meta'
+        ):  # shapes only: nothing is drawn that init_weights would draw again
             self.transformer = Transformer(
                 dict(
                     wte=nn.Embedding(config.vocab_size, config.n_embd),
-                    **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.position == 'learned' else {}),
+                    **(
+                        {'wpe': nn.Embedding(config.block_size, config.n_embd)}
+                        if config.position == 'learned'
+                        else {}
+                    ),
                     drop=nn.Dropout(config.dropout),
                     h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
                     ln_f=make_norm(config, config.n_embd),
@@ -489,12 +609,27 @@ class GPT(nn.Module):
             if p.dim() < 2:
                 nn.init.ones_(whole) if name.endswith('weight') else nn.init.zeros_(whole)
             elif config.arch == 'gpt2':
-                nn.init.normal_(whole, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1))
-            elif name.endswith('c_proj.weight') or name == 'lm_head.weight' and not config.tie_weights:
-                nn.init.zeros_(whole)  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
+                nn.init.normal_(
+                    whole,
+                    std=0.02
+                    / (math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1),
+                )
+            elif (
+                name.endswith('c_proj.weight')
+                or name == 'lm_head.weight'
+                and not config.tie_weights
+            ):
+                nn.init.zeros_(
+                    whole
+                )  # every block begins as the identity (Yang et al. 2022, Tensor Programs V)
             else:
                 embedding = 0.02 if config.tie_weights else 0.2
-                nn.init.normal_(whole, std=embedding if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) else 0.5 * config.n_embd**-0.5)
+                nn.init.normal_(
+                    whole,
+                    std=embedding
+                    if name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight'))
+                    else 0.5 * config.n_embd**-0.5,
+                )
             if is_sharded(p):
                 put(p, whole)
 
@@ -507,17 +642,27 @@ class GPT(nn.Module):
         static = cache.place if cache is not None else None
         past = cache.length if cache is not None and static is None else 0
         if past + T > self.config.block_size:
-            raise ValueError(f'{past + T} tokens are more than the context of block_size={self.config.block_size}')
+            raise ValueError(
+                f'{past + T} tokens are more than the context of block_size={self.config.block_size}'
+            )
         place = torch.arange(past, past + T, device=idx.device) if static is None else static
         mask = None
         if cache is not None and (static is not None or cache.pad is not None or past and T > 1):
-            keys = torch.arange(past + T if static is None else cache.data.size(4), device=idx.device)
-            mask = keys <= place[..., None]  # (T, keys), or (B, 1, keys) of rows with places of their own
+            keys = torch.arange(
+                past + T if static is None else cache.data.size(4), device=idx.device
+            )
+            mask = (
+                keys <= place[..., None]
+            )  # (T, keys), or (B, 1, keys) of rows with places of their own
             if place.dim() == 2:
                 mask = mask[:, None]
-            elif cache.pad is not None:  # shorter prompts are padded on the left: positions shift, padding is masked
+            elif (
+                cache.pad is not None
+            ):  # shorter prompts are padded on the left: positions shift, padding is masked
                 mask = mask & (keys >= cache.pad[:, None, None])  # (B, T, keys)
-                mask = (mask | (keys == place[:, None]))[:, None]  # a padding place sees itself: an empty softmax would be NaN
+                mask = (mask | (keys == place[:, None]))[
+                    :, None
+                ]  # a padding place sees itself: an empty softmax would be NaN
                 place = (place - cache.pad[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.wte(idx)
         if torch.is_autocast_enabled(x.device.type):
@@ -529,13 +674,19 @@ class GPT(nn.Module):
             x = x + self.positions[0, place].to(x.dtype)
         else:
             table = self.positions[:, place].to(
-                torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+                torch.get_autocast_dtype(x.device.type)
+                if torch.is_autocast_enabled(x.device.type)
+                else x.dtype
             )
-            rope = (table[0], table[1]) if place.dim() == 1 else (table[0][:, None], table[1][:, None])
+            rope = (
+                (table[0], table[1]) if place.dim() == 1 else (table[0][:, None], table[1][:, None])
+            )
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.remat and self.training and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(
+                    block, x, rope, mask, cache, use_reentrant=False
+                )
             else:
                 x = block(x, rope, mask, cache)
         if cache is not None and static is None:
@@ -548,8 +699,12 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         if not isinstance(self.lm_head, nn.Linear):  # quantized: it keeps no plain weights
-            return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        total = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+            return F.cross_entropy(
+                self.lm_head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1
+            )
+        total = LinearCrossEntropy.apply(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled()
+        )
         return total / (targets >= 0).sum().clamp(min=1)
 
     # -------------------------------------------------------------------------
@@ -566,17 +721,26 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Training FLOPs a token, forward and backward: 6 N + 12 L H D T (PaLM, Chowdhery et al. 2022, appendix B)."""
         config = self.config
-        return 6 * self.num_params(embeddings=False) + 12 * config.n_layer * config.n_head * (config.head_dim or 0) * config.block_size
+        return (
+            6 * self.num_params(embeddings=False)
+            + 12 * config.n_layer * config.n_head * (config.head_dim or 0) * config.block_size
+        )
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context to `block_size` tokens in place. Raises ValueError if it is longer than now."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: this model can be cropped to 1 … {self.config.block_size} tokens')
+            raise ValueError(
+                f'block_size={block_size}: this model can be cropped to 1 … {self.config.block_size} tokens'
+            )
         self.config.block_size = block_size
         if self.config.position == 'learned':
-            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight[:block_size].clone(), freeze=False
+            )
         else:
-            self.positions = self.positions[:, :block_size].clone() if self.positions is not None else None
+            self.positions = (
+                self.positions[:, :block_size].clone() if self.positions is not None else None
+            )
 
     # -------------------------------------------------------------------------
     # Writing
@@ -615,7 +779,9 @@ class GPT(nn.Module):
         if not rows or not all(rows):
             raise ValueError('a prompt is empty: give at least one token')
         if avoid is not None and len(avoid) != len(rows):
-            raise ValueError(f'avoid holds {len(avoid)} objects for {len(rows)} prompts: give one each')
+            raise ValueError(
+                f'avoid holds {len(avoid)} objects for {len(rows)} prompts: give one each'
+            )
         device = self.transformer.wte.weight.device
         stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
         dice = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
@@ -627,14 +793,21 @@ class GPT(nn.Module):
         history, cache, tokens = rows, None, stop
         written: list[torch.Tensor] = []
         if compile and self.compiled_step is None:
-            self.compiled_step = torch.compile(self.next_logits, mode='reduce-overhead' if device.type == 'cuda' else 'default')
+            self.compiled_step = torch.compile(
+                self.next_logits, mode='reduce-overhead' if device.type == 'cuda' else 'default'
+            )
         was_training = self.training
         self.eval()
         try:
             for step in range(max_new_tokens):
                 if cache is None or cache.length >= self.config.block_size:
-                    if written:  # read only now: a look at each token as it comes would make a GPU wait
-                        history = [row + new for row, new in zip(history, torch.stack(written, dim=1).tolist())]
+                    if (
+                        written
+                    ):  # read only now: a look at each token as it comes would make a GPU wait
+                        history = [
+                            row + new
+                            for row, new in zip(history, torch.stack(written, dim=1).tolist())
+                        ]
                         written.clear()
                     history, cache, logits = self._prefill(history, max_new_tokens - step, compile)
                 elif cache.place is not None:
@@ -646,10 +819,16 @@ class GPT(nn.Module):
                 logits = logits.float()[:, :vocab_size]
                 if repetition_penalty != 1:
                     logits = torch.where(
-                        seen[:, :vocab_size], torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits
+                        seen[:, :vocab_size],
+                        torch.where(
+                            logits > 0, logits / repetition_penalty, logits * repetition_penalty
+                        ),
+                        logits,
                     )
                 if step % 64 == 0:
-                    chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(device)  # one number a token: (B, 64)
+                    chance = torch.stack([torch.rand(64, generator=g) for g in dice]).to(
+                        device
+                    )  # one number a token: (B, 64)
                 if avoid is not None:
                     banned = torch.zeros(logits.shape, dtype=torch.bool)
                     for row, watch in zip(banned, avoid):
@@ -676,28 +855,46 @@ class GPT(nn.Module):
         """Read idx (B, T) behind what the cache holds; the logits (B, V) of what follows."""
         return self.lm_head(self.hidden(idx, cache)[:, -1])
 
-    def _prefill(self, history: list[list[int]], left: int, static: bool) -> tuple[list[list[int]], KVCache, torch.Tensor]:
+    def _prefill(
+        self, history: list[list[int]], left: int, static: bool
+    ) -> tuple[list[list[int]], KVCache, torch.Tensor]:
         """The rows cut to the context (a full one to its later half), a cache that has read them with room for what comes, and the logits."""
         size, weight = self.config.block_size, self.transformer.wte.weight
-        history = [row[-size:] if len(row) <= size else row[-max(1, size // 2) :] for row in history]
+        history = [
+            row[-size:] if len(row) <= size else row[-max(1, size // 2) :] for row in history
+        ]
         longest = max(map(len, history))
-        room = size if static else min(size, longest + left)  # one shape for all texts: compiled once
+        room = (
+            size if static else min(size, longest + left)
+        )  # one shape for all texts: compiled once
         # CPUs attend several times faster in fp32 than in bf16 (docs/concepts/what-we-tried.md)
         dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
         cache, want = self.static_cache, (len(history), room, dtype, weight.device)
-        if not static or cache is None or (*cache.data.shape[2:5:2], cache.data.dtype, cache.data.device) != want:
+        if (
+            not static
+            or cache is None
+            or (*cache.data.shape[2:5:2], cache.data.dtype, cache.data.device) != want
+        ):
             cache = KVCache(self.config, len(history), room, weight.device, dtype)
         cache.length, cache.place, cache.pad = 0, None, None
-        if all(row == history[0] for row in history):  # samples of one prompt: read it once, for the first row, and copy
+        if all(
+            row == history[0] for row in history
+        ):  # samples of one prompt: read it once, for the first row, and copy
             first = copy.copy(cache)
             first.data = cache.data[:, :, :1]
-            logits = self.next_logits(torch.tensor(history[:1], device=weight.device), first).expand(len(history), -1)
+            logits = self.next_logits(
+                torch.tensor(history[:1], device=weight.device), first
+            ).expand(len(history), -1)
             cache.data[:, :, 1:, :, :longest] = first.data[:, :, :, :, :longest]
             cache.length = longest
         else:
             if any(len(row) < longest for row in history):
-                cache.pad = torch.tensor([longest - len(row) for row in history], device=weight.device)
-            idx = torch.tensor([[0] * (longest - len(row)) + row for row in history], device=weight.device)
+                cache.pad = torch.tensor(
+                    [longest - len(row) for row in history], device=weight.device
+                )
+            idx = torch.tensor(
+                [[0] * (longest - len(row)) + row for row in history], device=weight.device
+            )
             logits = self.next_logits(idx, cache)
         if static:
             cache.place = torch.tensor([longest], device=weight.device)
@@ -715,7 +912,9 @@ class GPT(nn.Module):
         if kind not in (None, 'int8'):
             raise ValueError(f'quantize={kind}: expected None or int8')
         if kind and device not in ('cpu', 'cuda'):
-            raise ValueError(f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there')
+            raise ValueError(
+                f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there'
+            )
         for parent in [m for m in self.modules() if not isinstance(m, nn.Linear)]:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
@@ -727,20 +926,35 @@ class GPT(nn.Module):
 # Sampling
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float, max_new_tokens: int = 1) -> None:
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    max_new_tokens: int = 1,
+) -> None:
     """Raises ValueError, with the option's name, for a value out of range."""
     for ok, text in (
         (temperature >= 0, f'temperature={temperature}: expected 0 (greedy) or more'),
         (not top_k or top_k > 0, f'top_k={top_k}: expected 0 (off) or more'),
         (not top_p or 0 < top_p <= 1, f'top_p={top_p}: expected a share from 0 (off) to 1'),
-        (repetition_penalty > 0, f'repetition_penalty={repetition_penalty}: expected more than 0 (1 is off)'),
+        (
+            repetition_penalty > 0,
+            f'repetition_penalty={repetition_penalty}: expected more than 0 (1 is off)',
+        ),
         (max_new_tokens >= 0, f'max_new_tokens={max_new_tokens}: expected 0 or more'),
     ):
         if not ok:
             raise ValueError(text)
 
 
-def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor,
+    chance: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> torch.Tensor:
     """One token (B,) per row of logits (B, V): the one at which the cumulative probability passes `chance` (B,) in [0, 1).
 
     One uniform number a token makes a sample a function of its row's dice alone, whatever device or batch it is drawn in.
@@ -750,15 +964,21 @@ def draw(logits: torch.Tensor, chance: torch.Tensor, temperature: float, top_k: 
     logits = logits / temperature
     order = None
     if top_k and top_k < logits.size(-1):
-        logits, order = logits.topk(top_k, dim=-1)  # sorted, so top_p below needs no sort of its own
+        logits, order = logits.topk(
+            top_k, dim=-1
+        )  # sorted, so top_p below needs no sort of its own
     elif top_p and top_p < 1:
         logits, order = logits.sort(dim=-1, descending=True)
     p = logits.softmax(dim=-1)
     if top_p and top_p < 1:
-        p = torch.where(p.cumsum(dim=-1) - p < max(top_p, 1e-6), p, 0)  # the smallest set that reaches top_p (Holtzman et al. 2020)
+        p = torch.where(
+            p.cumsum(dim=-1) - p < max(top_p, 1e-6), p, 0
+        )  # the smallest set that reaches top_p (Holtzman et al. 2020)
     total = p.cumsum(dim=-1)
-    at = torch.searchsorted(total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True).clamp(
-        max=p.size(-1) - 1
-    )
-    at = torch.where(p.gather(1, at) > 0, at, p.argmax(dim=-1, keepdim=True))  # a GPU's cumulative sum may round what cannot be into the draw
+    at = torch.searchsorted(
+        total, (chance[:, None] * total[:, -1:]).clamp(max=total[:, -1:] * (1 - 1e-7)), right=True
+    ).clamp(max=p.size(-1) - 1)
+    at = torch.where(
+        p.gather(1, at) > 0, at, p.argmax(dim=-1, keepdim=True)
+    )  # a GPU's cumulative sum may round what cannot be into the draw
     return (at if order is None else order.gather(1, at))[:, 0]

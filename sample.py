@@ -53,30 +53,48 @@ class SampleConfig:
     # How to write
     num_samples: int = 3  # samples to write, as one batch
     max_new_tokens: int = 500  # tokens in each, unless the document ends before
-    temperature: float = 0.8  # 1 as the model has it, lower is more careful, 0 always takes the likeliest
+    temperature: float = (
+        0.8  # 1 as the model has it, lower is more careful, 0 always takes the likeliest
+    )
     top_k: int | None = 200  # choose among the k likeliest tokens only; 0 is off
-    top_p: float | None = None  # choose among the likeliest tokens that together have this probability; 0 is off
-    repetition_penalty: float = 1.0  # above 1: tokens that already stand in the text become less likely
-    stop_at_end: bool = True  # stop where the model ends the document; False: go on with another one
+    top_p: float | None = (
+        None  # choose among the likeliest tokens that together have this probability; 0 is off
+    )
+    repetition_penalty: float = (
+        1.0  # above 1: tokens that already stand in the text become less likely
+    )
+    stop_at_end: bool = (
+        True  # stop where the model ends the document; False: go on with another one
+    )
     seed: int = 1337  # sample i is drawn with seed + i
     # Is it new
     originality: bool = False  # after each sample, how much of it stands in the training split (see lyregpt/originality.py); json: offsets into prompt + text
-    avoid_copying: int | None = None  # never write so many words in a row that stand in the training split; 0 is off, else at least 2
+    avoid_copying: int | None = (
+        None  # never write so many words in a row that stand in the training split; 0 is off, else at least 2
+    )
     dataset: str = ''  # where that training split is: a folder, or a name under data/; '': where it was when the model was trained
     # How to show it
     json: bool = False  # one JSON object a line and sample, and nothing else
-    interactive: bool = False  # write at a prompt, one text after another; /help there lists what it can do
+    interactive: bool = (
+        False  # write at a prompt, one text after another; /help there lists what it can do
+    )
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (
         'auto'  # of the weights; auto: bfloat16 where the hardware has it and the model is large
     )
-    threads: int | Literal['auto'] = 'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow
-    quantize: Literal['int8'] | None = None  # int8 weights: less memory, slightly lower quality; prints a note where it brings no speedup
+    threads: int | Literal['auto'] = (
+        'auto'  # CPU threads; auto: OMP_NUM_THREADS, or one per core that affinity and container limits allow
+    )
+    quantize: Literal['int8'] | None = (
+        None  # int8 weights: less memory, slightly lower quality; prints a note where it brings no speedup
+    )
     compile: bool = False  # on CUDA: one graph a token; half a minute at first, faster ever after
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens)
+        check_sampling(
+            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.max_new_tokens
+        )
         if self.num_samples < 1:
             raise ValueError(f'num_samples={self.num_samples}: expected at least 1')
         threads.check_threads(self.threads)
@@ -85,7 +103,9 @@ class SampleConfig:
         if self.json and self.interactive:
             raise ValueError('json and interactive exclude each other: leave one out')
         if self.avoid_copying and self.avoid_copying < 2:
-            raise ValueError(f'avoid_copying={self.avoid_copying}: expected 0 (off) or at least 2 words')
+            raise ValueError(
+                f'avoid_copying={self.avoid_copying}: expected 0 (off) or at least 2 words'
+            )
 
 
 def load_model(config: SampleConfig) -> tuple[GPT, Tokenizer]:
@@ -101,17 +121,32 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
         path, about = '', {}
         if config.init_from == 'resume':
             path, state = checkpoint.load_from(config.out_dir)
-            model, tokenizer = checkpoint.build_model(state, path, dropout=0.0), checkpoint.tokenizer_of(state)
+            model, tokenizer = (
+                checkpoint.build_model(state, path, dropout=0.0),
+                checkpoint.tokenizer_of(state),
+            )
             about = {k: v for k, v in state.items() if k not in ('model', 'optimizer')}
             del state
         else:
-            if os.path.exists(config.init_from) and not is_pretrained(config.init_from) and checkpoint.candidates(config.init_from):
-                raise UserError(f'init_from={config.init_from}: this is a checkpoint of ours: --out_dir={config.init_from}')
+            if (
+                os.path.exists(config.init_from)
+                and not is_pretrained(config.init_from)
+                and checkpoint.candidates(config.init_from)
+            ):
+                raise UserError(
+                    f'init_from={config.init_from}: this is a checkpoint of ours: --out_dir={config.init_from}'
+                )
             model, tokenizer = from_pretrained(config.init_from), of_pretrained(config.init_from)
         # writing one token reads every weight once: half the bytes, twice the speed; int8 weights on a CPU want float32 beside them
         size = model.num_params()
-        plain = {'float16': torch.float16}.get(config.dtype) or pick_dtype(config.dtype, device, large=size > 20_000_000)
-        dtype = torch.float32 if config.quantize and config.dtype == 'auto' and device.type == 'cpu' else plain
+        plain = {'float16': torch.float16}.get(config.dtype) or pick_dtype(
+            config.dtype, device, large=size > 20_000_000
+        )
+        dtype = (
+            torch.float32
+            if config.quantize and config.dtype == 'auto' and device.type == 'cpu'
+            else plain
+        )
         model.to(device, dtype).eval()
         if config.quantize and not config.compile and device.type in ('cpu', 'cuda'):
             warn_if_slow(model, plain, {1, config.num_samples})
@@ -123,7 +158,9 @@ def load_trained(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     except ValueError as error:
         raise UserError(str(error)) from None
     kind = f'{str(dtype).removeprefix("torch.")}{f", {config.quantize} weights" if config.quantize else ""}'
-    print(f'{path or config.init_from}: {size:,} parameters, {device.type}, {kind}', file=sys.stderr)
+    print(
+        f'{path or config.init_from}: {size:,} parameters, {device.type}, {kind}', file=sys.stderr
+    )
     return model, tokenizer, about
 
 
@@ -138,7 +175,9 @@ def int8_speedup(model: GPT, dtype: torch.dtype, rows: int) -> float:
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and parameters < 2**26:
             parameters += layer.weight.numel()
-            x = torch.ones(rows, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+            x = torch.ones(
+                rows, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype
+            )
             sides['int8'].append((Int8Linear(layer), x))
             sides['plain'].append((packed(copy.deepcopy(layer).to(dtype)), x.to(dtype)))
     seconds = dict.fromkeys(sides, math.inf)
@@ -155,10 +194,17 @@ def int8_speedup(model: GPT, dtype: torch.dtype, rows: int) -> float:
 def warn_if_slow(model: GPT, dtype: torch.dtype, batches: set[int]) -> None:
     """Say on stderr if quantize=int8 is hardly faster than `dtype`, or slower, for any of these numbers of texts at once."""
     speeds = {rows: int8_speedup(model, dtype, rows) for rows in sorted(batches)}
-    slow = [f'{speed:.2f} times as fast for {rows} at once' for rows, speed in speeds.items() if speed < 1.1]
+    slow = [
+        f'{speed:.2f} times as fast for {rows} at once'
+        for rows, speed in speeds.items()
+        if speed < 1.1
+    ]
     if slow:
         name = str(dtype).removeprefix('torch.')
-        print(f'note: quantize=int8 saves memory, but brings little or no speedup over {name} here: {", ".join(slow)}', file=sys.stderr)
+        print(
+            f'note: quantize=int8 saves memory, but brings little or no speedup over {name} here: {", ".join(slow)}',
+            file=sys.stderr,
+        )
 
 
 def prompt_text(config: SampleConfig) -> str:
@@ -190,26 +236,44 @@ def begin(
     """
     text = prompt_text(config) if text is None else text
     if prompt is None:
-        prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins behind the end of another
+        prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(
+            text
+        )  # a document begins behind the end of another
         prompt = prompt or tokenizer.encode('\n')
-    return text, prompt, model.generate(
-        [prompt] * config.num_samples,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-        vocab_size=tokenizer.vocab_size,
-        stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [],
-        compile=config.compile,
-        avoid=[Avoid(training(), tokenizer, config.avoid_copying, text) for _ in range(config.num_samples)] if training and config.avoid_copying else None,
+    return (
+        text,
+        prompt,
+        model.generate(
+            [prompt] * config.num_samples,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            seed=config.seed,
+            vocab_size=tokenizer.vocab_size,
+            stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [],
+            compile=config.compile,
+            avoid=[
+                Avoid(training(), tokenizer, config.avoid_copying, text)
+                for _ in range(config.num_samples)
+            ]
+            if training and config.avoid_copying
+            else None,
+        ),
     )
 
 
-def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Callable[[], Index] | None = None) -> None:
+def write(
+    model: GPT,
+    tokenizer: Tokenizer,
+    config: SampleConfig,
+    training: Callable[[], Index] | None = None,
+) -> None:
     """Print `num_samples` continuations of the prompt, the first one as it comes. `training()` is as in `begin`; `originality` needs it too."""
-    index = training() if training and config.originality else None  # built, if need be, before the first word
+    index = (
+        training() if training and config.originality else None
+    )  # built, if need be, before the first word
     text, _, stream = begin(model, tokenizer, config, training=training)
     rows: list[list[int]] = [[] for _ in range(config.num_samples)]
     decode = tokenizer.stream_decoder()
@@ -219,7 +283,11 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Call
         for row, token in zip(rows, tokens.tolist()):
             if token >= 0:
                 row.append(token)
-        if not config.json and tokens[0] >= 0 and (tokens[0] != tokenizer.eot or not config.stop_at_end):
+        if (
+            not config.json
+            and tokens[0] >= 0
+            and (tokens[0] != tokenizer.eot or not config.stop_at_end)
+        ):
             print(decode(int(tokens[0])), end='', flush=True)
     if not config.json:
         print(decode(None))
@@ -228,8 +296,20 @@ def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig, training: Call
         written = tokenizer.decode(row[:-1] if ended else row)
         found = index.compare(text + written, since=len(text)) if index else None
         if config.json:
-            told = {'sample': i, 'seed': config.seed + i, 'prompt': text, 'text': written, 'tokens': len(row), 'ended': ended}
-            print(json.dumps(told | ({'originality': dataclasses.asdict(found)} if found else {}), ensure_ascii=False))
+            told = {
+                'sample': i,
+                'seed': config.seed + i,
+                'prompt': text,
+                'text': written,
+                'tokens': len(row),
+                'ended': ended,
+            }
+            print(
+                json.dumps(
+                    told | ({'originality': dataclasses.asdict(found)} if found else {}),
+                    ensure_ascii=False,
+                )
+            )
             continue
         if i:
             print(f'{"-" * 40}\n{text}{written}')
@@ -246,7 +326,9 @@ def main() -> None:
         return write(model, tokenizer, config, training)
     from lyregpt import repl  # only here: its library takes a while to load
 
-    repl.Session(config, tokenizer, partial(begin, model, tokenizer, training=training), training).run()
+    repl.Session(
+        config, tokenizer, partial(begin, model, tokenizer, training=training), training
+    ).run()
 
 
 if __name__ == '__main__':

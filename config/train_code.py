@@ -24,5 +24,7 @@ warmup_iters = 20
 max_iters = 600
 
 eval_interval = 100
-eval_iters = 40  # 320 windows of the 2,600: the whole split would take longer than the steps between
+eval_iters = (
+    40  # 320 windows of the 2,600: the whole split would take longer than the steps between
+)
 sample_interval = 200

@@ -12,7 +12,9 @@ block_size = 1024
 tie_weights = True  # as GPT-2 has it: 124M parameters
 
 batch_size = 12
-gradient_accumulation_steps = 5 * 8  # 12 × 1,024 × 40 = 491,520 tokens a step, shared among all GPUs
+gradient_accumulation_steps = (
+    5 * 8
+)  # 12 × 1,024 × 40 = 491,520 tokens a step, shared among all GPUs
 
 learning_rate = 6e-4
 warmup_iters = 2000

@@ -31,7 +31,9 @@ def main() -> None:
     """Run the command that the command line names."""
     path = lyregpt.shadowed()
     if path:
-        sys.exit(f'lyregpt: error: {path} hides the file of the same name in {lyregpt.ROOT}: rename it')
+        sys.exit(
+            f'lyregpt: error: {path} hides the file of the same name in {lyregpt.ROOT}: rename it'
+        )
     from configurator import check_name, run
 
     if len(sys.argv) < 2 or sys.argv[1] in HELP:

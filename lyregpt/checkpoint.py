@@ -49,7 +49,9 @@ SUMS, REST = 'SHA256SUMS', 'state.json'  # in a folder
 END, MARK = b'PK\x05\x06', b'sha256:'  # of a zip's last record, and of our comment behind it
 COMMENT = len(MARK) + 64
 
-warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # DCP, whenever one process reads or writes alone
+warnings.filterwarnings(
+    'ignore', message='torch.distributed is disabled'
+)  # DCP, whenever one process reads or writes alone
 
 
 class Damaged(UserError):
@@ -82,10 +84,14 @@ def save(path: str, state: dict[str, Any], keep_previous: bool = False) -> None:
     except Exception as error:
         remove(part)
         reason: BaseException | None = error
-        while reason and not isinstance(reason, OSError):  # torch's zip writer hides the system's reason behind its own
+        while reason and not isinstance(
+            reason, OSError
+        ):  # torch's zip writer hides the system's reason behind its own
             reason = reason.__cause__ or reason.__context__
         if reason or isinstance(error, RuntimeError):
-            raise reason or OSError(f'writing stopped half-way ({str(error).splitlines()[0][:100]})') from error
+            raise reason or OSError(
+                f'writing stopped half-way ({str(error).splitlines()[0][:100]})'
+            ) from error
         raise
 
 
@@ -105,7 +111,9 @@ class Hashed:
         self.file.flush()
 
 
-def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, group: Any = None) -> None:
+def save_folder(
+    path: str, state: dict[str, Any], keep_previous: bool = False, group: Any = None
+) -> None:
     """`save` for a state of sharded tensors: all processes of `group` (None: this one alone) call it, each writes its part.
 
     Raises OSError on all of them if it fails on one.
@@ -122,9 +130,16 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
         result, failed = None, ''
         try:
             result = work()
-        except (Exception, CheckpointException) as error:  # the disk's errors come wrapped by safetensors and DCP, as several kinds
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # the disk's errors come wrapped by safetensors and DCP, as several kinds
             text = str(getattr(error, 'strerror', None) or error)
-            failed = 'No space left on device' if 'No space left' in text or 'os error 28' in text else (text.splitlines() or [repr(error)])[-1][:200]
+            failed = (
+                'No space left on device'
+                if 'No space left' in text or 'os error 28' in text
+                else (text.splitlines() or [repr(error)])[-1][:200]
+            )
         told: list[Any] = [(result, failed)] * size
         if group:
             dist.all_gather_object(told, (result, failed), group)
@@ -140,17 +155,29 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
             os.makedirs(part)
 
     def write_tensors() -> None:
-        write(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True), process_group=group, no_dist=not group)
+        write(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(part, save_distributed=True),
+            process_group=group,
+            no_dist=not group,
+        )
 
     def hash_mine() -> dict[str, str]:
-        files = glob.glob(os.path.join(glob.escape(part), f'shard-{rank + 1:05d}-*.safetensors'))  # DCP's names
+        files = glob.glob(
+            os.path.join(glob.escape(part), f'shard-{rank + 1:05d}-*.safetensors')
+        )  # DCP's names
         return {os.path.basename(file): file_digest(file) for file in files}
 
     def finish() -> None:
         if rank == 0:
             write_whole(os.path.join(part, REST), json.dumps(rest).encode())
-            digests = {REST: file_digest(os.path.join(part, REST))} | {name: digest for mine in sums for name, digest in mine.items()}
-            write_whole(os.path.join(part, SUMS), ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items())).encode())
+            digests = {REST: file_digest(os.path.join(part, REST))} | {
+                name: digest for mine in sums for name, digest in mine.items()
+            }
+            write_whole(
+                os.path.join(part, SUMS),
+                ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items())).encode(),
+            )
             put_in_place(part, path, keep_previous)
 
     agreed(prepare)
@@ -162,7 +189,9 @@ def save_folder(path: str, state: dict[str, Any], keep_previous: bool = False, g
 def put_in_place(part: str, path: str, keep_previous: bool) -> None:
     """Rename the finished file or folder `part` to `path`; what was there becomes `previous(path)`, or goes."""
     before = previous(path)
-    if os.path.isdir(path):  # folders cannot be exchanged in one step: for an instant only the previous one is there
+    if os.path.isdir(
+        path
+    ):  # folders cannot be exchanged in one step: for an instant only the previous one is there
         remove(before)
         os.rename(path, before)
     elif keep_previous and os.path.exists(path):
@@ -200,7 +229,9 @@ class Writer:
     waits for its end, which has mostly come. With `background=False` `submit` does it all at once, without a copy.
     """
 
-    def __init__(self, background: bool = True, device: torch.device | None = None, mesh: Any = None):
+    def __init__(
+        self, background: bool = True, device: torch.device | None = None, mesh: Any = None
+    ):
         self.background, self.device = background, device
         self.mesh = mesh  # of CPUs, for the copies of sharded tensors
         self.job: Future[None] | None = None
@@ -223,13 +254,19 @@ class Writer:
                     torch.set_num_threads(1)
                     if ready:
                         torch.cuda.set_device(self.device)
-                    with torch.cuda.stream(torch.cuda.Stream()) if ready else contextlib.nullcontext():
+                    with (
+                        torch.cuda.stream(torch.cuda.Stream())
+                        if ready
+                        else contextlib.nullcontext()
+                    ):
                         if ready:
                             ready.wait()
                         copy = on_cpu(state, {}, self.mesh)
             finally:
                 self.copied.set()
-            if self.background and not ready and sys.platform == 'linux':  # what the training leaves idle is enough for the rest
+            if (
+                self.background and not ready and sys.platform == 'linux'
+            ):  # what the training leaves idle is enough for the rest
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             write(copy)
 
@@ -274,14 +311,22 @@ def on_cpu(value: Any, seen: dict[Any, torch.Tensor], mesh: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(value, DTensor)
-    return DTensor.from_local(seen[key], mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
+    return DTensor.from_local(
+        seen[key], mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
 
 
 # -----------------------------------------------------------------------------
 # Reading
 
 
-def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool = False, any_model: bool = False) -> tuple[str, dict[str, Any]]:
+def load_from(
+    where: str,
+    best: bool = True,
+    optimizer: bool = False,
+    lazy: bool = False,
+    any_model: bool = False,
+) -> tuple[str, dict[str, Any]]:
     """(path, state) of the checkpoint to use: `where` itself, or the newest whole one of an out_dir, with `best` the best one.
 
     One that is damaged is passed over for the one before it, with a warning on stderr. Raises UserError if none can be used, or, without
@@ -299,7 +344,11 @@ def load_from(where: str, best: bool = True, optimizer: bool = False, lazy: bool
                 raise
             print(f'WARNING: {error}; going back to {paths[i + 1]}', file=sys.stderr, flush=True)
     earlier = os.path.join(where, 'earlier')
-    what = f'the run before it is in {earlier}' if os.path.isdir(earlier) else 'train one first: python train.py config/train_darklyrics.py'
+    what = (
+        f'the run before it is in {earlier}'
+        if os.path.isdir(earlier)
+        else 'train one first: python train.py config/train_darklyrics.py'
+    )
     raise UserError(f'{where}: holds no checkpoint; {what}')
 
 
@@ -312,13 +361,28 @@ def candidates(where: str, best: bool = False) -> list[str]:
         return [where]
     if not os.path.isdir(where):
         parent, name = os.path.split(where.rstrip('/'))
-        near = difflib.get_close_matches(name, os.listdir(parent or '.') if os.path.isdir(parent or '.') else [], 1, 0.8)
-        hint = f'did you mean {os.path.join(parent, near[0])}?' if near else 'train a model first: python train.py config/train_darklyrics.py'
+        near = difflib.get_close_matches(
+            name, os.listdir(parent or '.') if os.path.isdir(parent or '.') else [], 1, 0.8
+        )
+        hint = (
+            f'did you mean {os.path.join(parent, near[0])}?'
+            if near
+            else 'train a model first: python train.py config/train_darklyrics.py'
+        )
         raise UserError(f'{where}: no such folder or file; {hint}')
     found = []
-    for role in (['best', 'best.prev'] if best else []) + ['ckpt', 'ckpt.prev']:  # best.prev: a kill came between two renames of folders
-        both = [p for p in (os.path.join(where, role + '.pt'), os.path.join(where, role)) if os.path.exists(p)]
-        found += sorted(both, key=os.path.getmtime, reverse=True)  # of file and folder the newer one
+    for role in (['best', 'best.prev'] if best else []) + [
+        'ckpt',
+        'ckpt.prev',
+    ]:  # best.prev: a kill came between two renames of folders
+        both = [
+            p
+            for p in (os.path.join(where, role + '.pt'), os.path.join(where, role))
+            if os.path.exists(p)
+        ]
+        found += sorted(
+            both, key=os.path.getmtime, reverse=True
+        )  # of file and folder the newer one
     return found
 
 
@@ -331,7 +395,9 @@ def set_aside_damaged(out_dir: str, used: str) -> None:
         os.rename(path, path + '.damaged')
 
 
-def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool = False) -> dict[str, Any]:
+def load(
+    path: str, optimizer: bool = False, lazy: bool = False, checked: bool = False
+) -> dict[str, Any]:
     """The state in `path`, a file or folder, on the CPU, the weights' names clean of `_orig_mod.` and `module.`.
 
     Nothing in it is run. A folder's optimizer states are read if `optimizer`. `lazy` leaves the tensors where they are: a file
@@ -344,21 +410,41 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
         state = read_folder(path, optimizer, lazy)
     elif os.path.isfile(path):
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=lazy and zipfile.is_zipfile(path))
+            state = torch.load(
+                path, map_location='cpu', weights_only=True, mmap=lazy and zipfile.is_zipfile(path)
+            )
         except pickle.UnpicklingError as error:
-            reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), 'not a checkpoint').strip()
-            kind = UserError if zipfile.is_zipfile(path) else Damaged  # a whole zip holds what was put into it
-            raise kind(f'{path}: refused, because it holds more than weights and plain values, or is damaged ({reason[:120]})') from None
+            reason = next(
+                (line for line in str(error).splitlines() if 'GLOBAL' in line), 'not a checkpoint'
+            ).strip()
+            kind = (
+                UserError if zipfile.is_zipfile(path) else Damaged
+            )  # a whole zip holds what was put into it
+            raise kind(
+                f'{path}: refused, because it holds more than weights and plain values, or is damaged ({reason[:120]})'
+            ) from None
         except Exception as error:  # a damaged file can fail anywhere in the reader
-            raise Damaged(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ""})') from None
+            raise Damaged(
+                f'{path}: damaged or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ""})'
+            ) from None
     else:
-        raise UserError(f'{path}: no such checkpoint; train one first: python train.py config/train_darklyrics.py')
-    if not isinstance(state, dict) or not isinstance(state.get('model'), dict) or not isinstance(state.get('model_args'), dict):
+        raise UserError(
+            f'{path}: no such checkpoint; train one first: python train.py config/train_darklyrics.py'
+        )
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get('model'), dict)
+        or not isinstance(state.get('model_args'), dict)
+    ):
         raise UserError(f'{path}: not a GPT checkpoint (no model and model_args in it)')
-    if wrong := [key for key in ('config', 'meta', 'tokenizer') if not isinstance(state.get(key, {}), dict)]:
+    if wrong := [
+        key for key in ('config', 'meta', 'tokenizer') if not isinstance(state.get(key, {}), dict)
+    ]:
         raise UserError(f'{path}: its {wrong[0]} is no dictionary: damaged, or not by train.py')
     state['model'] = {
-        name.removeprefix('module.').removeprefix('_orig_mod.'): w for name, w in state['model'].items() if not name.endswith('.attn.bias')
+        name.removeprefix('module.').removeprefix('_orig_mod.'): w
+        for name, w in state['model'].items()
+        if not name.endswith('.attn.bias')
     }
     return state
 
@@ -366,7 +452,9 @@ def load(path: str, optimizer: bool = False, lazy: bool = False, checked: bool =
 def check_gpt(state: dict[str, Any], path: str) -> None:
     """Raises UserError if the checkpoint is examples/seq2seq/train_seq2seq.py's."""
     if 'norm_first' in state['model_args']:
-        raise UserError(f'{path}: is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"')
+        raise UserError(
+            f'{path}: is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"'
+        )
 
 
 def verify(path: str) -> None:
@@ -374,12 +462,17 @@ def verify(path: str) -> None:
     if os.path.isdir(path):
         try:
             with open(os.path.join(path, SUMS), encoding='utf-8') as f:
-                sums = {name: digest for digest, name in (line.rstrip('\n').split('  ', 1) for line in f)}
+                sums = {
+                    name: digest
+                    for digest, name in (line.rstrip('\n').split('  ', 1) for line in f)
+                }
         except (OSError, ValueError, UnicodeDecodeError):
             raise Damaged(f'{path}: damaged, its {SUMS} cannot be read') from None
         there = {name for name in os.listdir(path) if name.endswith('.safetensors')} | {REST}
         if there != set(sums):
-            raise Damaged(f'{path}: damaged, {", ".join(sorted(there ^ set(sums)))[:200]} should not be there, or is missing')
+            raise Damaged(
+                f'{path}: damaged, {", ".join(sorted(there ^ set(sums)))[:200]} should not be there, or is missing'
+            )
         for name in sorted(sums):
             if file_digest(os.path.join(path, name)) != sums[name]:
                 raise Damaged(f'{path}: damaged, the checksum of {name} is wrong')
@@ -405,7 +498,9 @@ def verify(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:  # by others: every record carries a checksum
             if archive.comment or (bad := archive.testzip()):
-                raise ValueError(f'the checksum of {"the file" if archive.comment else bad} is wrong')
+                raise ValueError(
+                    f'the checksum of {"the file" if archive.comment else bad} is wrong'
+                )
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise Damaged(f'{path}: damaged, or cut off ({str(error)[:100]})') from None
 
@@ -419,7 +514,9 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def read_folder(path: str, optimizer: bool = True, lazy: bool = False, into: GPT | None = None) -> dict[str, Any]:
+def read_folder(
+    path: str, optimizer: bool = True, lazy: bool = False, into: GPT | None = None
+) -> dict[str, Any]:
     """The state in a folder; `lazy`: without its tensors. `into` a sharded model: its weights are read in place, and optimizer
     states cut likewise; all processes of the default group call it then, and each reads its part. Raises Damaged."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
@@ -436,14 +533,28 @@ def read_folder(path: str, optimizer: bool = True, lazy: bool = False, into: GPT
         described: Any
         for name, described in reader.read_metadata().state_dict_metadata.items():
             if name.startswith('model.'):
-                tensors[name] = own.get(name.removeprefix('model.'), torch.empty(described.size, dtype=described.properties.dtype))
+                tensors[name] = own.get(
+                    name.removeprefix('model.'),
+                    torch.empty(described.size, dtype=described.properties.dtype),
+                )
             elif optimizer:
-                like: Any = own.get(name.removeprefix('optimizer.').partition('.')[2].rpartition('.')[0])
+                like: Any = own.get(
+                    name.removeprefix('optimizer.').partition('.')[2].rpartition('.')[0]
+                )
                 alike = like is not None and like.shape == described.size
-                tensors[name] = torch.zeros_like(like) if alike else torch.empty(described.size, dtype=described.properties.dtype)
+                tensors[name] = (
+                    torch.zeros_like(like)
+                    if alike
+                    else torch.empty(described.size, dtype=described.properties.dtype)
+                )
         read(tensors, storage_reader=reader, no_dist=into is None)
-    except (Exception, CheckpointException) as error:  # a damaged or foreign folder can fail anywhere in the reader
-        raise Damaged(f'{path}: damaged or not a checkpoint ({type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]})') from None
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # a damaged or foreign folder can fail anywhere in the reader
+        raise Damaged(
+            f'{path}: damaged or not a checkpoint ({type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]})'
+        ) from None
     return together(tensors, rest)
 
 
@@ -455,7 +566,9 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
     rest = {k: v for k, v in state.items() if k not in ('model', 'optimizer')} | {'tied': {}}
     tensors: dict[str, torch.Tensor] = {}
     for name, w in state['model'].items():
-        if name == 'lm_head.weight' and GPTConfig(**state['model_args']).tie_weights:  # safetensors would not have one weight twice
+        if (
+            name == 'lm_head.weight' and GPTConfig(**state['model_args']).tie_weights
+        ):  # safetensors would not have one weight twice
             rest['tied'][name] = 'transformer.wte.weight'
         else:
             tensors[f'model.{name}'] = w
@@ -464,9 +577,18 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
         rest['optimizer'] = {}
         for kind, optimizer in ({'adamw': saved} if 'param_groups' in saved else saved).items():
             groups = optimizer['param_groups']
-            if not all('param_names' in g for g in groups):  # by nanoGPT, or an earlier version: the order is known
-                groups = [g | {'param_names': n} for g, n in zip(groups, parameter_names(state, kind), strict=True)]
-            names = {i: name for g in groups for i, name in zip(g['params'], g['param_names'], strict=True)}
+            if not all(
+                'param_names' in g for g in groups
+            ):  # by nanoGPT, or an earlier version: the order is known
+                groups = [
+                    g | {'param_names': n}
+                    for g, n in zip(groups, parameter_names(state, kind), strict=True)
+                ]
+            names = {
+                i: name
+                for g in groups
+                for i, name in zip(g['params'], g['param_names'], strict=True)
+            }
             scalars: dict[str, dict[str, float]] = {}
             for i, values in optimizer['state'].items():
                 for key, value in values.items():
@@ -486,7 +608,11 @@ def together(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str
     model |= {name: model[same] for name, same in rest.get('tied', {}).items() if model}
     state = {k: v for k, v in rest.items() if k != 'tied'} | {'model': model}
     for kind, optimizer in rest.get('optimizer', {}).items():
-        index = {name: i for g in optimizer['param_groups'] for i, name in zip(g['params'], g['param_names'])}
+        index = {
+            name: i
+            for g in optimizer['param_groups']
+            for i, name in zip(g['params'], g['param_names'])
+        }
         values: dict[int, dict[str, Any]] = {}
         for i, scalars in optimizer['state'].items():
             values[int(i)] = {k: torch.tensor(v) for k, v in scalars.items()}
@@ -502,7 +628,11 @@ def parameter_names(state: dict[str, Any], kind: str) -> list[list[str]]:
     """The names of the parameters in each group of an optimizer that was saved without them."""
     with torch.device('meta'):
         model = GPT(GPTConfig(**state['model_args']))
-    chosen = 'adamw' if 'param_groups' in state['optimizer'] else state.get('config', {}).get('optimizer', 'muon')
+    chosen = (
+        'adamw'
+        if 'param_groups' in state['optimizer']
+        else state.get('config', {}).get('optimizer', 'muon')
+    )
     made = configure_optimizers(model, 0.1, 1e-3, (0.9, 0.95), chosen)
     return [g['param_names'] for g in made[kind].param_groups]
 
@@ -516,7 +646,9 @@ def shard_like(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         p: Any = order[i]
         for key, value in values.items():
             if torch.is_tensor(value) and value.shape == p.shape and not is_sharded(value):
-                values[key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                values[key] = distribute_tensor(
+                    value, p.device_mesh, p.placements, src_data_rank=None
+                )
 
 
 def build_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
@@ -540,7 +672,9 @@ def empty_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
             raise ValueError(f'{name} is in the {"file" if name in found else "model"} only')
         for name, weight in found.items():
             if own[name].shape != weight.shape:
-                raise ValueError(f'{name} is {tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the model')
+                raise ValueError(
+                    f'{name} is {tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the model'
+                )
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f'{path}: its weights do not fit its model_args: {error}') from None
     return model
@@ -574,15 +708,20 @@ def inspect(path: str) -> str:
     state = load(path)
     args, config = state['model_args'], state.get('config', {})
     weights = {w.data_ptr(): w.numel() for w in state['model'].values()}  # tied ones once
-    files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
+    files = (
+        [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
+    )
     changed = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(os.path.getmtime(path)))
     optimizer = state.get('optimizer', {})
     kinds = ['adamw'] if 'param_groups' in optimizer else list(optimizer)
     lines = {
         'file': f'{path}, {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB in {len(files)} file{"s" * (len(files) > 1)}, of {changed}; whole',
         'step': f'{state.get("iter_num", "unknown")}, best validation loss {float(state.get("best_val_loss", math.nan)):.4f}',
-        'model': f'{"encoder–decoder, " * ("norm_first" in args)}{sum(weights.values()):,} parameters; ' + ', '.join(f'{k}={v}' for k, v in args.items()),
-        'tokenizer': state['tokenizer']['kind'] if state.get('tokenizer') else 'none in it (nanoGPT)',
+        'model': f'{"encoder–decoder, " * ("norm_first" in args)}{sum(weights.values()):,} parameters; '
+        + ', '.join(f'{k}={v}' for k, v in args.items()),
+        'tokenizer': state['tokenizer']['kind']
+        if state.get('tokenizer')
+        else 'none in it (nanoGPT)',
         'data': config.get('dataset', 'unknown'),
         'to resume': f'yes, with {" and ".join(kinds)}' if kinds else 'no: weights only',
     }
@@ -591,7 +730,9 @@ def inspect(path: str) -> str:
 
 def main() -> None:
     """inspect, verify, merge or split, as the command line says."""
-    parser = argparse.ArgumentParser(description='Look at a checkpoint, check it, or change its form.')
+    parser = argparse.ArgumentParser(
+        description='Look at a checkpoint, check it, or change its form.'
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     for name, what in (
         ('inspect', 'say what is in it'),
@@ -600,7 +741,12 @@ def main() -> None:
         ('split', 'make a folder, for parallel=fsdp, of one file'),
     ):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument('path', help='a checkpoint, or an out_dir with several' if name in ('inspect', 'verify') else 'the checkpoint to read')
+        command.add_argument(
+            'path',
+            help='a checkpoint, or an out_dir with several'
+            if name in ('inspect', 'verify')
+            else 'the checkpoint to read',
+        )
         if name in ('merge', 'split'):
             command.add_argument('to', help='where the result goes')
     args = parser.parse_args()
@@ -611,7 +757,13 @@ def main() -> None:
         damaged = []
         for path in paths:
             try:
-                print(inspect(path) if args.command == 'inspect' else f'{path}: whole' if load(path) else '')
+                print(
+                    inspect(path)
+                    if args.command == 'inspect'
+                    else f'{path}: whole'
+                    if load(path)
+                    else ''
+                )
             except Damaged as error:
                 damaged.append(str(error))
         if damaged:
@@ -621,7 +773,9 @@ def main() -> None:
         raise UserError(f'{args.path}: no such checkpoint')
     merging = args.command == 'merge'
     if os.path.isdir(args.path) != merging:
-        raise UserError(f'{args.path}: {args.command} reads a {"folder of shards" if merging else "file"}')
+        raise UserError(
+            f'{args.path}: {args.command} reads a {"folder of shards" if merging else "file"}'
+        )
     if os.path.exists(args.to):
         raise UserError(f'{args.to}: is there already; name another place')
     state = load(args.path, optimizer=True)

@@ -1,6 +1,6 @@
 """Convert another project's JSON or YAML config, nested and with its own names, to one for train.py.
 
-    python -m lyregpt convert-config old.json new.yaml
+python -m lyregpt convert-config old.json new.yaml
 """
 
 import argparse
@@ -64,10 +64,16 @@ def flatten(values: dict[Any, Any], section: str = '') -> list[tuple[str, str, A
     found = []
     for key, value in values.items():
         name = f'{section}{key}'
-        plain = re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', str(key)).lower().replace('-', '_')  # maxSteps, max-steps
+        plain = (
+            re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', str(key)).lower().replace('-', '_')
+        )  # maxSteps, max-steps
         if isinstance(value, dict):
             found += flatten(value, f'{name}.')
-        elif plain in ('betas', 'adam_betas') and isinstance(value, (list, tuple)) and len(value) == 2:
+        elif (
+            plain in ('betas', 'adam_betas')
+            and isinstance(value, (list, tuple))
+            and len(value) == 2
+        ):
             found += [(f'{name}[{i}]', f'beta{i + 1}', v) for i, v in enumerate(value)]
         else:
             found.append((name, plain, value))
@@ -89,9 +95,13 @@ def convert_file(old: str, new: str, knobs: type) -> dict[str, Any]:
         with open(old, encoding='utf-8') as f:
             found = parse(old, f.read())
     except Exception as error:  # missing, of another encoding, or whatever the readers say of it
-        raise UserError(f'{old}: {type(error).__name__}: {" ".join(str(error).split())[:200]}') from None
+        raise UserError(
+            f'{old}: {type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        ) from None
     if not isinstance(found, dict):
-        raise UserError(f'{old}: expected a mapping of names to values, found {type(found).__name__}')
+        raise UserError(
+            f'{old}: expected a mapping of names to values, found {type(found).__name__}'
+        )
     types_ = typing.get_type_hints(knobs)
     values: dict[str, Any] = {}
     said_by: dict[str, str] = {}
@@ -99,17 +109,30 @@ def convert_file(old: str, new: str, knobs: type) -> dict[str, Any]:
         knob = ALIASES.get(plain, plain)
         if knob not in types_:
             near = difflib.get_close_matches(plain, [*types_, *ALIASES], 1)
-            hint = f'it can mean {AMBIGUOUS[plain]}' if plain in AMBIGUOUS else f'did you mean {ALIASES.get(near[0], near[0])}?' if near else ''
-            print(f'{old}: {name} has no place here and is left out' + f'; {hint}' * bool(hint), file=sys.stderr)
+            hint = (
+                f'it can mean {AMBIGUOUS[plain]}'
+                if plain in AMBIGUOUS
+                else f'did you mean {ALIASES.get(near[0], near[0])}?'
+                if near
+                else ''
+            )
+            print(
+                f'{old}: {name} has no place here and is left out' + f'; {hint}' * bool(hint),
+                file=sys.stderr,
+            )
             continue
         if knob == 'dtype' and isinstance(value, str):
             value = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}.get(value, value)
         checked = convert(f'{old}: {name}', types_[knob], value)
         if values.setdefault(knob, checked) != checked:
-            raise UserError(f'{old}: {said_by[knob]} and {name} both are {knob}, but differ: {values[knob]} and {checked}; remove one')
+            raise UserError(
+                f'{old}: {said_by[knob]} and {name} both are {knob}, but differ: {values[knob]} and {checked}; remove one'
+            )
         said_by.setdefault(knob, name)
     if not values:
-        raise UserError(f'{old}: nothing in it has a place here (python train.py --help lists the knobs)')
+        raise UserError(
+            f'{old}: nothing in it has a place here (python train.py --help lists the knobs)'
+        )
     try:
         knobs(**values)
     except ValueError as error:
@@ -132,7 +155,9 @@ def convert_file(old: str, new: str, knobs: type) -> dict[str, Any]:
 
 def main() -> None:
     """Convert an old config, as the command line says."""
-    parser = argparse.ArgumentParser(prog=sys.argv[0], description="Convert another project's config to one for train.py.")
+    parser = argparse.ArgumentParser(
+        prog=sys.argv[0], description="Convert another project's config to one for train.py."
+    )
     parser.add_argument('old', help='a .json, .yaml or .yml file, nested or flat')
     parser.add_argument('new', help='the file to write: .json, .yaml, .yml or .py')
     args = parser.parse_args()

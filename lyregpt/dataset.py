@@ -30,10 +30,23 @@ from lyregpt import ROOT
 from lyregpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_state, train_tokenizer
 from lyregpt.tokenizer import load as load_tokenizer
 
-Piece = tuple[str, str, bool]  # (split, text, does the document end here?): long documents come in several pieces
-HEADERS, HEADER_BYTES = {20240520: (1, 2), 20240801: (7, 4)}, 1024  # llm.c's magic numbers, versions, and bytes of an id
-TEXT_FIELDS = ('text', 'lyrics', 'content')  # of a record, the first of these that is there holds its words
-WAITS = (10, 60, 300)  # seconds before a broken stream is opened again; the libraries below have by then tried for minutes themselves
+Piece = tuple[
+    str, str, bool
+]  # (split, text, does the document end here?): long documents come in several pieces
+HEADERS, HEADER_BYTES = (
+    {20240520: (1, 2), 20240801: (7, 4)},
+    1024,
+)  # llm.c's magic numbers, versions, and bytes of an id
+TEXT_FIELDS = (
+    'text',
+    'lyrics',
+    'content',
+)  # of a record, the first of these that is there holds its words
+WAITS = (
+    10,
+    60,
+    300,
+)  # seconds before a broken stream is opened again; the libraries below have by then tried for minutes themselves
 U64 = np.uint64
 
 
@@ -63,11 +76,15 @@ def write_dataset(
         for f in files.values():
             f.seek(HEADER_BYTES)
     separator = [] if tokenizer.eot is None else [tokenizer.eot]
-    bar = tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenizing', disable=None, leave=False)
+    bar = tqdm(
+        total=total_bytes, unit='B', unit_scale=True, desc='tokenizing', disable=None, leave=False
+    )
 
     def flush(batch: list[Piece]) -> None:
         for (split, text, ends), ids in zip(batch, tokenizer.encode_batch([p[1] for p in batch])):
-            array = np.concatenate([ids, separator if ends else []]).astype('<u4' if wide else '<u2')
+            array = np.concatenate([ids, separator if ends else []]).astype(
+                '<u4' if wide else '<u2'
+            )
             files[split].write(array.tobytes())
             size = len(tokenizer.normalize(text).encode('utf-8', 'surrogatepass'))
             splits[split]['documents'] += ends
@@ -88,7 +105,11 @@ def write_dataset(
         for split, f in files.items():
             if wide:
                 f.seek(0)
-                f.write(np.array([20240801, 7, splits[split]['tokens'] % 2**31] + [0] * 253, dtype='<i4').tobytes())
+                f.write(
+                    np.array(
+                        [20240801, 7, splits[split]['tokens'] % 2**31] + [0] * 253, dtype='<i4'
+                    ).tobytes()
+                )
             f.flush()
             os.fsync(f.fileno())
             f.close()
@@ -107,16 +128,27 @@ def write_dataset(
         if isinstance(tokenizer, CharTokenizer):  # nanoGPT's sample.py reads this one
             itos = dict(enumerate([*tokenizer.chars, *tokenizer.special]))
             with open(os.path.join(folder, 'meta.pkl.tmp'), 'wb') as pickled:
-                pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, pickled)
+                pickle.dump(
+                    {
+                        'vocab_size': len(itos),
+                        'itos': itos,
+                        'stoi': {c: i for i, c in itos.items()},
+                    },
+                    pickled,
+                )
         with open(os.path.join(folder, 'meta.json.tmp'), 'w', encoding='utf-8') as described:
             json.dump(meta, described, ensure_ascii=False)
         for name in [f'{s}.bin' for s in need] + ['meta.pkl', 'meta.json']:
             if os.path.exists(os.path.join(folder, f'{name}.tmp')):
                 os.replace(os.path.join(folder, f'{name}.tmp'), os.path.join(folder, name))
             elif name == 'meta.pkl' and os.path.exists(os.path.join(folder, name)):
-                os.remove(os.path.join(folder, name))  # an older preparation's characters would mislead
+                os.remove(
+                    os.path.join(folder, name)
+                )  # an older preparation's characters would mislead
     except OSError as error:
-        raise UserError(f'{error.filename or folder}: {error.strerror}; nothing was changed') from None
+        raise UserError(
+            f'{error.filename or folder}: {error.strerror}; nothing was changed'
+        ) from None
     finally:
         bar.close()
         for f in files.values():
@@ -154,7 +186,9 @@ def sync_folder(path: str) -> None:
 
 def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
     """'train' or 'val' by a hash of the document's text: no text is in both, and a growing corpus keeps its split."""
-    digest = hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=8, key=str(seed).encode()).digest()
+    digest = hashlib.blake2b(
+        key.encode('utf-8', 'surrogatepass'), digest_size=8, key=str(seed).encode()
+    ).digest()
     return 'val' if int.from_bytes(digest, 'little') < val_fraction * 2**64 else 'train'
 
 
@@ -172,9 +206,15 @@ def folder_of(dataset: str) -> str:
 def token_files(folder: str, name: str) -> list[str]:
     """The paths of a split's one file, or of its shards in order. Raises UserError if there is neither."""
     single = os.path.join(folder, f'{name}.bin')
-    paths = [single] if os.path.exists(single) else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
+    paths = (
+        [single]
+        if os.path.exists(single)
+        else sorted(glob.glob(os.path.join(glob.escape(folder), f'*{name}_*.bin')))
+    )
     if not paths:
-        raise UserError(f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}')
+        raise UserError(
+            f'{single}: no such file; prepare the dataset first: python {os.path.join(folder, "prepare.py")}'
+        )
     return paths
 
 
@@ -186,29 +226,53 @@ class Split:
     """
 
     def __init__(
-        self, folder: str, name: str, block_size: int, vocab_size: int = 65536, seed: int = 1337, group: int = 0, groups: int = 1
+        self,
+        folder: str,
+        name: str,
+        block_size: int,
+        vocab_size: int = 65536,
+        seed: int = 1337,
+        group: int = 0,
+        groups: int = 1,
     ):
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         paths = token_files(folder, name)
         if groups > 1:
-            numbers = [int(n[1]) if (n := re.search(r'_(\d+)\.bin$', path)) else None for path in paths]
+            numbers = [
+                int(n[1]) if (n := re.search(r'_(\d+)\.bin$', path)) else None for path in paths
+            ]
             if None in numbers:
-                raise UserError(f'{paths[0]}: shard_groups={groups} deals out numbered shards ({name}_000001.bin …), and this is one file')
-            paths = [path for path, number in zip(paths, numbers) if number is not None and number % groups == group]
+                raise UserError(
+                    f'{paths[0]}: shard_groups={groups} deals out numbered shards ({name}_000001.bin …), and this is one file'
+                )
+            paths = [
+                path
+                for path, number in zip(paths, numbers)
+                if number is not None and number % groups == group
+            ]
             if not paths:
-                raise UserError(f'{folder}: shard_groups={groups}, but no {name} shard whose number leaves {group} when divided by it is here')
+                raise UserError(
+                    f'{folder}: shard_groups={groups}, but no {name} shard whose number leaves {group} when divided by it is here'
+                )
         self.shards = [TokenFile(path) for path in paths]
         self.paths, self.n_tokens = paths, sum(map(len, self.shards))
         told = read_meta(folder).get('splits', {}).get(name, {}).get('tokens', self.n_tokens)
         if paths == [os.path.join(folder, f'{name}.bin')] and told != self.n_tokens:
-            raise UserError(f'{paths[0]}: {self.n_tokens} tokens, but meta.json says {told}: cut off, or of another preparation; prepare it again')
+            raise UserError(
+                f'{paths[0]}: {self.n_tokens} tokens, but meta.json says {told}: cut off, or of another preparation; prepare it again'
+            )
         # A shard whose length is no multiple of block_size has some slack; giving up one window more lets the epochs'
         # offsets take any value below block_size, so that each epoch sees the text cut in other places.
-        counts = [max((len(s) - 1) // block_size - 1, min((len(s) - 1) // block_size, 1)) for s in self.shards]
+        counts = [
+            max((len(s) - 1) // block_size - 1, min((len(s) - 1) // block_size, 1))
+            for s in self.shards
+        ]
         self.first = np.cumsum([0, *counts])  # window numbers at which the shards begin
         self.n_windows = int(self.first[-1])
         if self.n_tokens < 2:
-            raise UserError(f'{paths[0]}: a single token has nothing to predict; prepare the dataset with more text')
+            raise UserError(
+                f'{paths[0]}: a single token has nothing to predict; prepare the dataset with more text'
+            )
         if self.n_windows == 0 and name == 'train':
             raise UserError(
                 f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
@@ -228,7 +292,10 @@ class Split:
         tokens = np.empty((count, self.block_size + 1), dtype=np.int64)
         for i in range(count):
             data = self.shards[shard[i]]
-            slack = min(self.block_size, len(data) - int(self.first[shard[i] + 1] - self.first[shard[i]]) * self.block_size)
+            slack = min(
+                self.block_size,
+                len(data) - int(self.first[shard[i] + 1] - self.first[shard[i]]) * self.block_size,
+            )
             start = int(window[i] - self.first[shard[i]]) * self.block_size + int(offset[i]) % slack
             tokens[i] = data.read(start, self.block_size + 1)
         self.check_ids(tokens)
@@ -288,15 +355,23 @@ class TokenFile:
         if size == 0:
             raise UserError(f'{path}: the file is empty; prepare the dataset again')
         self.path, self.before, self.width = path, 0, 2
-        self.file = open(path, 'rb', buffering=0)  # kept open: a dataset prepared anew meanwhile does not get mixed in
-        header = np.frombuffer(self.file.read(12), dtype='<i4').tolist() if size >= HEADER_BYTES else [0]
+        self.file = open(
+            path, 'rb', buffering=0
+        )  # kept open: a dataset prepared anew meanwhile does not get mixed in
+        header = (
+            np.frombuffer(self.file.read(12), dtype='<i4').tolist() if size >= HEADER_BYTES else [0]
+        )
         if header[0] in HEADERS:
             version, self.width = HEADERS[header[0]]
             self.before = HEADER_BYTES
             if header[1] != version:
-                raise UserError(f'{path}: header version {header[1]} is not the uint{8 * self.width} one (version {version})')
+                raise UserError(
+                    f'{path}: header version {header[1]} is not the uint{8 * self.width} one (version {version})'
+                )
             if header[2] != (n := (size - self.before) // self.width) % 2**31:
-                raise UserError(f'{path}: the header says {header[2]} tokens, the file holds {n}: it is cut off')
+                raise UserError(
+                    f'{path}: the header says {header[2]} tokens, the file holds {n}: it is cut off'
+                )
         if size % self.width:
             raise UserError(
                 f'{path}: {size} bytes is an odd size, but token ids take {self.width} bytes each: the file is cut off or not a token file'
@@ -308,14 +383,19 @@ class TokenFile:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens from number `start` on, int64: `count` of them, or as many as there are. Raises UserError if the file became shorter."""
-        at, size = self.before + self.width * start, self.width * max(0, min(count, self.n_tokens - start))
+        at, size = (
+            self.before + self.width * start,
+            self.width * max(0, min(count, self.n_tokens - start)),
+        )
         if hasattr(os, 'pread'):
             raw = os.pread(self.file.fileno(), size, at)
         else:  # Windows; no two threads read the same split
             self.file.seek(at)
             raw = self.file.read(size)
         if len(raw) < size:
-            raise UserError(f'{self.path}: the file became shorter while it was read; prepare the dataset again')
+            raise UserError(
+                f'{self.path}: the file became shorter while it was read; prepare the dataset again'
+            )
         return np.frombuffer(raw, dtype=f'<u{self.width}').astype(np.int64)
 
 
@@ -369,7 +449,9 @@ class _NoCode(pickle.Unpickler):
     """Reads pickles of plain containers and values; any that wants a class or function is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise UserError(f'the pickle asks for {module}.{name}; only plain dicts, lists, text and numbers are read')
+        raise UserError(
+            f'the pickle asks for {module}.{name}; only plain dicts, lists, text and numbers are read'
+        )
 
 
 def read_meta(folder: str) -> dict[str, Any]:
@@ -382,7 +464,11 @@ def read_meta(folder: str) -> dict[str, Any]:
         if os.path.exists(path):
             with open(path, encoding='utf-8') as f:
                 meta = json.load(f)
-            return {'tokenizer': meta['tokenizer'], 'vocab_size': meta['vocab_size'], 'splits': meta.get('splits', {})}
+            return {
+                'tokenizer': meta['tokenizer'],
+                'vocab_size': meta['vocab_size'],
+                'splits': meta.get('splits', {}),
+            }
         path = os.path.join(folder, 'meta.pkl')
         if os.path.exists(path):
             with open(path, 'rb') as f:
@@ -392,7 +478,11 @@ def read_meta(folder: str) -> dict[str, Any]:
             special = symbols[len(chars) :]
             if list(chars) + special != symbols:
                 raise UserError('special tokens stand before characters')
-            return {'tokenizer': {'kind': 'char', 'chars': chars, 'special': special}, 'vocab_size': len(symbols), 'splits': {}}
+            return {
+                'tokenizer': {'kind': 'char', 'chars': chars, 'special': special},
+                'vocab_size': len(symbols),
+                'splits': {},
+            }
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # a foreign file can fail anywhere in the reader
@@ -410,14 +500,18 @@ def read_tokenizer(folder: str) -> Tokenizer:
 def bytes_per_token(folder: str, split: str = 'val') -> float | None:
     """UTF-8 bytes of text per token of the split, for bits per byte; None if the folder does not tell."""
     counts = read_meta(folder).get('splits', {}).get(split, {})
-    return counts['bytes'] / counts['tokens'] if counts.get('bytes') and counts.get('tokens') else None
+    return (
+        counts['bytes'] / counts['tokens'] if counts.get('bytes') and counts.get('tokens') else None
+    )
 
 
 # -----------------------------------------------------------------------------
 # What several prepare.py share
 
 
-def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: Any) -> Tokenizer:
+def choose_tokenizer(
+    name: str, texts: Callable[[], Iterable[str]], vocab_size: int = 2048, **normalization: Any
+) -> Tokenizer:
     """A bpe, wordpiece or char tokenizer trained on `texts()`, GPT-2's, or the one stored in the file `name` (a tokenizer.json or meta.json).
 
     Raises UserError if that file brings its own normalization.
@@ -427,7 +521,9 @@ def choose_tokenizer(name: str, texts: Callable[[], Iterable[str]], vocab_size: 
     if name in ('bpe', 'wordpiece', 'char'):
         return train_tokenizer(name, texts(), vocab_size, **normalization)
     if any(normalization.values()):
-        raise UserError(f'tokenizer={name} brings its own normalization: leave lowercase and squeeze out')
+        raise UserError(
+            f'tokenizer={name} brings its own normalization: leave lowercase and squeeze out'
+        )
     return load_tokenizer(name)
 
 
@@ -439,9 +535,15 @@ def shown(path: str) -> str:
         return path
 
 
-def song_head(artist: str = '', album: str = '', year: str | int | None = '', title: str = '') -> str:
+def song_head(
+    artist: str = '', album: str = '', year: str | int | None = '', title: str = ''
+) -> str:
     """The lines that stand before a song's words, and begin a prompt for one; what is not known is left out."""
-    lines = [f'{name}: {value}\n' for name, value in (('Artist', artist), ('Album', album), ('Year', year), ('Title', title)) if value]
+    lines = [
+        f'{name}: {value}\n'
+        for name, value in (('Artist', artist), ('Album', album), ('Year', year), ('Title', title))
+        if value
+    ]
     return ''.join(lines) + ('\n' if title else '')
 
 
@@ -457,7 +559,9 @@ def split_text(pieces: Iterable[str], total: int, val_fraction: float) -> Iterat
             yield 'val', text[cut:], seen == total
 
 
-def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md', '.jsonl')) -> list[str]:
+def find_files(
+    paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md', '.jsonl')
+) -> list[str]:
     """The files named, and those with these suffixes in the folders named and below, in a fixed order.
 
     Raises UserError if there are none.
@@ -468,7 +572,10 @@ def find_files(paths: Iterable[str], suffixes: tuple[str, ...] = ('.txt', '.md',
             found.append(path)
         elif os.path.isdir(path):
             found += sorted(
-                os.path.join(root, name) for root, _, names in os.walk(path) for name in names if name.lower().endswith(suffixes)
+                os.path.join(root, name)
+                for root, _, names in os.walk(path)
+                for name in names
+                if name.lower().endswith(suffixes)
             )
         else:
             raise UserError(f'{path}: no such file or folder')
@@ -511,7 +618,9 @@ def detect_encoding(path: str) -> str:
         from charset_normalizer import from_bytes
     best = from_bytes(sample).best()
     if best is None:
-        raise UserError(f'{path}: its encoding could not be detected; save it as UTF-8, or tell prepare.py its encoding, as in --encoding=cp1252')
+        raise UserError(
+            f'{path}: its encoding could not be detected; save it as UTF-8, or tell prepare.py its encoding, as in --encoding=cp1252'
+        )
     return best.encoding
 
 
@@ -519,7 +628,9 @@ def read_jsonl(path: str, encoding: str = '') -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file. Raises UserError that names the line for anything else."""
     number = 0
     for piece in read_pieces(path, encoding):
-        for line in piece.removesuffix('\n').split('\n'):  # not splitlines(): JSON may hold U+2028 and its like unescaped
+        for line in piece.removesuffix('\n').split(
+            '\n'
+        ):  # not splitlines(): JSON may hold U+2028 and its like unescaped
             number += 1
             if line.strip():
                 try:
@@ -527,12 +638,19 @@ def read_jsonl(path: str, encoding: str = '') -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise UserError(f'{path}, line {number}: not JSON ({error.msg})') from None
                 if not isinstance(record, dict):
-                    raise UserError(f'{path}, line {number}: expected an object, as in {{"text": "…"}}')
+                    raise UserError(
+                        f'{path}, line {number}: expected an object, as in {{"text": "…"}}'
+                    )
                 yield record
 
 
 def read_stream(
-    open_stream: Callable[[], Any], source: str, place: Any = None, waits: Sequence[float] = WAITS, hint: str = '', kept: str = ''
+    open_stream: Callable[[], Any],
+    source: str,
+    place: Any = None,
+    waits: Sequence[float] = WAITS,
+    hint: str = '',
+    kept: str = '',
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """(row, place behind it) of a streamed dataset of the `datasets` library; a stream opened at that place goes on with the next row.
 
@@ -554,12 +672,24 @@ def read_stream(
         except Exception as error:  # the libraries raise many kinds, and any can be the network's
             reason = f'{source} cannot be read ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
         if not (wait := next(left, 0)):
-            raise UserError('; '.join(filter(None, [reason, place and kept or hint or 'look to the name, the files, the network'])))
+            raise UserError(
+                '; '.join(
+                    filter(
+                        None,
+                        [
+                            reason,
+                            place and kept or hint or 'look to the name, the files, the network',
+                        ],
+                    )
+                )
+            )
         print(f'{reason}; trying again in {wait} s', file=sys.stderr)
         time.sleep(wait)
 
 
-def read_documents(files: Iterable[str], encoding: str = '', text_field: str = '') -> Iterator[Iterator[str]]:
+def read_documents(
+    files: Iterable[str], encoding: str = '', text_field: str = ''
+) -> Iterator[Iterator[str]]:
     """Each document's text in pieces: a file is one, but a .jsonl holds one a line, in `text_field` or the first of text, lyrics, content."""
     for path in files:
         if not path.lower().endswith('.jsonl'):
@@ -568,7 +698,9 @@ def read_documents(files: Iterable[str], encoding: str = '', text_field: str = '
         for number, record in enumerate(read_jsonl(path, encoding), 1):
             name = text_field or next((k for k in TEXT_FIELDS if k in record), 'text')
             if not isinstance(record.get(name), str):
-                raise UserError(f'{path}, record {number}: no text in the field {name!r}; put it into one called text, or tell prepare.py another --text_field')
+                raise UserError(
+                    f'{path}, record {number}: no text in the field {name!r}; put it into one called text, or tell prepare.py another --text_field'
+                )
             yield iter([record[name]])
 
 
@@ -589,9 +721,18 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
     part = path + '.part'
     try:
         with requests.Session() as session:
-            session.mount('https://', HTTPAdapter(max_retries=Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))))
+            session.mount(
+                'https://',
+                HTTPAdapter(
+                    max_retries=Retry(
+                        3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504)
+                    )
+                ),
+            )
             have = os.path.getsize(part) if os.path.exists(part) else 0
-            with session.get(url, stream=True, timeout=30, headers={'Range': f'bytes={have}-'} if have else {}) as answer:
+            with session.get(
+                url, stream=True, timeout=30, headers={'Range': f'bytes={have}-'} if have else {}
+            ) as answer:
                 if answer.status_code != 416:  # 416: the part was already whole
                     answer.raise_for_status()
                     have *= answer.status_code == 206  # else the server sends all of it again
@@ -599,7 +740,12 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
                     with (
                         open(part, 'ab' if have else 'wb') as f,
                         tqdm(
-                            total=have + left or None, initial=have, unit='B', unit_scale=True, desc=os.path.basename(path), disable=None
+                            total=have + left or None,
+                            initial=have,
+                            unit='B',
+                            unit_scale=True,
+                            desc=os.path.basename(path),
+                            disable=None,
                         ) as bar,
                     ):
                         for chunk in answer.iter_content(1 << 16):
@@ -611,6 +757,8 @@ def download(url: str, path: str, sha256: str | None = None, offline: bool = Fal
         with open(part, 'rb') as f:
             if (digest := hashlib.sha256(f.read()).hexdigest()) != sha256:
                 os.remove(part)
-                raise UserError(f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}')
+                raise UserError(
+                    f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}'
+                )
     os.replace(part, path)
     return path

@@ -44,7 +44,13 @@ def put(tensor: torch.Tensor, whole: torch.Tensor) -> None:
 def pick_device(name: str) -> torch.device:
     """'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for a device that this machine lacks."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -101,7 +107,9 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
         return False
     instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # False as well if ONEDNN_MAX_CPU_ISA is below AVX-512
+    return (
+        instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )  # False as well if ONEDNN_MAX_CPU_ISA is below AVX-512
 
 
 @functools.cache
@@ -127,7 +135,9 @@ def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dty
         else:
             name = 'float16' if device.type == 'cuda' else 'float32'
     if name == 'float16' and device.type != 'cuda':
-        raise ValueError(f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16')
+        raise ValueError(
+            f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use float32 or bfloat16'
+        )
     return {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[name]
 
 
@@ -140,7 +150,11 @@ def can_compile(device: torch.device) -> str:
             return 'Triton is not installed'
         if torch.cuda.get_device_capability(device) < (7, 0):
             return 'this GPU is too old for Triton'
-        return '' if os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang'))) else 'no C compiler found'
+        return (
+            ''
+            if os.environ.get('CC') or any(map(shutil.which, ('cc', 'gcc', 'clang')))
+            else 'no C compiler found'
+        )
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -162,40 +176,65 @@ def keep_freed_memory() -> None:
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def memory_by_part(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> dict[str, float]:
+def memory_by_part(
+    model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device
+) -> dict[str, float]:
     """This process's memory for the training so far, in MB: weights, gradients, optimizer states, and the peak, where the system tells it.
 
     On CUDA the peak is of what PyTorch allocated on the GPU, elsewhere of the whole process with its libraries.
     """
     weights = [local(p) for p in model.parameters()]
-    states = [local(v) for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v)]
+    states = [
+        local(v)
+        for o in optimizers
+        for state in o.state.values()
+        for v in state.values()
+        if torch.is_tensor(v)
+    ]
     held = sum(w.numel() * w.element_size() for w in weights) / 1e6
-    parts = {'weights': held, 'gradients': held, 'optimizer states': sum(v.numel() * v.element_size() for v in states) / 1e6}
+    parts = {
+        'weights': held,
+        'gradients': held,
+        'optimizer states': sum(v.numel() * v.element_size() for v in states) / 1e6,
+    }
     if device.type == 'cuda':
         return parts | {'peak': torch.cuda.max_memory_allocated(device) / 1e6}
     with contextlib.suppress(ImportError):  # Windows has no such figure
         import resource
 
-        parts['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == 'darwin' else 1e3)
+        parts['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e6 if sys.platform == 'darwin' else 1e3
+        )
     return parts
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a report names, so that a run can be made again: versions, system, device, processors, memory, and this code's commit if git tells it."""
     here = ROOT
-    told: dict[str, Any] = {'Python': platform.python_version(), 'PyTorch': torch.__version__, 'system': platform.platform()}
-    told['device'] = f'cuda, {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else device.type
+    told: dict[str, Any] = {
+        'Python': platform.python_version(),
+        'PyTorch': torch.__version__,
+        'system': platform.platform(),
+    }
+    told['device'] = (
+        f'cuda, {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else device.type
+    )
     if device.type == 'cpu':
         told['device'] += f', {torch.backends.cpu.get_cpu_capability()}'
     told |= {'processors': os.cpu_count(), 'threads': torch.get_num_threads()}
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
         told['memory'] = f'{os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9:,.1f} GB'
     if device.type == 'cuda':
-        told['GPU memory'] = f'{torch.cuda.get_device_properties(device).total_memory / 1e9:,.1f} GB'
+        told['GPU memory'] = (
+            f'{torch.cuda.get_device_properties(device).total_memory / 1e9:,.1f} GB'
+        )
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if os.path.exists(os.path.join(here, '.git')):  # else git would look at the folders above
             told['commit'] = subprocess.check_output(
-                ['git', '-C', here, 'describe', '--always', '--dirty'], stderr=subprocess.DEVNULL, text=True, timeout=5
+                ['git', '-C', here, 'describe', '--always', '--dirty'],
+                stderr=subprocess.DEVNULL,
+                text=True,
+                timeout=5,
             ).strip()
     return told
 
@@ -218,7 +257,10 @@ def best_seconds(work: Callable[[], torch.Tensor], rounds: int = 3, enough: floa
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product here and now, the peak that `mfu` is a share of; takes about a fifth of a second."""
     n = 4096 if device.type == 'cuda' else 768
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(n, n, device=device, dtype=dtype),
+        torch.randn(n, n, device=device, dtype=dtype),
+    )
     return 2 * n**3 / best_seconds(lambda: a @ b)
 
 

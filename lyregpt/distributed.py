@@ -31,14 +31,21 @@ class Team:
     Raises UserError for a device that is not there.
     """
 
-    def __init__(self, device: str = 'auto', backend: str = 'auto', minutes: float = 10, alone: bool = False):
-        self.size, self.rank, self.local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    def __init__(
+        self, device: str = 'auto', backend: str = 'auto', minutes: float = 10, alone: bool = False
+    ):
+        self.size, self.rank, self.local_rank = (
+            int(os.environ.get(k, d))
+            for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0))
+        )
         self.main = self.rank == 0  # this one writes files and speaks
         # said by whoever knows: after the loss of a machine the others count no restart
         self.restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
         try:
             self.device = pick_device(
-                f'cuda:{self.local_rank}' if torch.cuda.is_available() and device in ('auto', 'cuda') else device
+                f'cuda:{self.local_rank}'
+                if torch.cuda.is_available() and device in ('auto', 'cuda')
+                else device
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -52,10 +59,14 @@ class Team:
             if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
                 store = dist.HashStore() if self.size == 1 else meet(self.rank, self.size, minutes)
                 where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
-            if dist.is_initialized():  # a run before, in the same Python session, that ended by an error
+            if (
+                dist.is_initialized()
+            ):  # a run before, in the same Python session, that ended by an error
                 dist.destroy_process_group()
             dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', **where)
-            self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes + 60))  # disks may be slow
+            self.files = dist.new_group(
+                backend='gloo', timeout=timedelta(minutes=minutes + 60)
+            )  # disks may be slow
         self.restarted = bool(self.most(self.restarted)[0])
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +101,9 @@ class Team:
         """Raise UserError on the first process; the others, which know the same, exit without repeating it."""
         if self.main:
             raise UserError(message)
-        time.sleep(2)  # torchrun ends all when the first one ends: that should be the one that speaks
+        time.sleep(
+            2
+        )  # torchrun ends all when the first one ends: that should be the one that speaks
         sys.exit(2)
 
     def close(self) -> None:
@@ -107,10 +120,15 @@ def shares(rows: int, rank: int, size: int, micro: int) -> list[tuple[int, int]]
     as each pass may exchange something; a pass can be empty. Raises UserError if there are fewer windows than processes.
     """
     if rows < size:
-        raise UserError(f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {size} processes')
+        raise UserError(
+            f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {size} processes'
+        )
     first, end = rows * rank // size, rows * (rank + 1) // size
     passes = math.ceil(math.ceil(rows / size) / micro)
-    return [(first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes) for i in range(passes)]
+    return [
+        (first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes)
+        for i in range(passes)
+    ]
 
 
 def meet(rank: int, size: int, minutes: float) -> dist.Store:
@@ -122,7 +140,12 @@ def meet(rank: int, size: int, minutes: float) -> dist.Store:
     the attempt, and whoever finds its own on the list agrees; when all have, the list names the place where they meet.
     Raises UserError when the time is over.
     """
-    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timedelta(minutes=minutes))
+    store = dist.TCPStore(
+        os.environ['MASTER_ADDR'],
+        int(os.environ['MASTER_PORT']),
+        is_master=False,
+        timeout=timedelta(minutes=minutes),
+    )
     name, ranks, deadline = uuid.uuid4().hex, range(size), time.monotonic() + 60 * minutes
     store.set(f'name/{rank}', name)
     while time.monotonic() < deadline:
@@ -135,13 +158,17 @@ def meet(rank: int, size: int, minutes: float) -> dist.Store:
             if store.check([f'{place}/agreed/{r}' for r in ranks]):
                 return dist.PrefixStore(place, store)
         time.sleep(0.02)
-    raise UserError(f'process {rank} waited {minutes:g} minutes, and not all {size} processes have come')
+    raise UserError(
+        f'process {rank} waited {minutes:g} minutes, and not all {size} processes have come'
+    )
 
 
 def lost_contact(error: BaseException) -> str:
     """The first line of an error that says that another process is gone or hangs; '' for any other error."""
     text = str(error)
-    ours = isinstance(error, dist.DistError) or any(word in text for word in ('gloo', 'NCCL', 'Connection closed by peer', 'Socket Timeout'))
+    ours = isinstance(error, dist.DistError) or any(
+        word in text for word in ('gloo', 'NCCL', 'Connection closed by peer', 'Socket Timeout')
+    )
     return (text.strip().splitlines() or [type(error).__name__])[0][:200] if ours else ''
 
 
@@ -160,14 +187,20 @@ def shard(model: GPT, team: Team, dtype: torch.dtype, cpu_offload: bool = False)
         register_fsdp_forward_method,
     )
 
-    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(logging.ERROR)  # on CPUs: how they do an all-to-all
+    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(
+        logging.ERROR
+    )  # on CPUs: how they do an all-to-all
     team.cpu_mesh = init_device_mesh('cpu', (team.size,))
     knobs: dict[str, Any] = {
         'mesh': init_device_mesh(team.device.type, (team.size,)),
         'mp_policy': MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         ),
-        'offload_policy': CPUOffloadPolicy() if cpu_offload and team.device.type == 'cuda' else OffloadPolicy(),
+        'offload_policy': CPUOffloadPolicy()
+        if cpu_offload and team.device.type == 'cuda'
+        else OffloadPolicy(),
     }
     for block in model.transformer.h:
         fully_shard(block, **knobs)

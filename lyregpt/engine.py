@@ -33,7 +33,9 @@ class Piece:
     """What became certain of a row in one step: text, the tokens behind it, and how the row ended, if it did."""
 
     text: str = ''
-    tokens: list[dict[str, Any]] = field(default_factory=list)  # with logprobs: token, logprob, top, offset
+    tokens: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # with logprobs: token, logprob, top, offset
     finish: str = ''  # stop (the document's end, or a stop text), length, or error
     error: str = ''
 
@@ -50,7 +52,9 @@ class Row:
     repetition_penalty: float = 1.0
     seed: int = 1337
     stop: Sequence[str] = ()  # texts that end it; they are not given out
-    logprobs: int | None = None  # how many of the likeliest tokens to tell the probabilities of; None: no probabilities at all
+    logprobs: int | None = (
+        None  # how many of the likeliest tokens to tell the probabilities of; None: no probabilities at all
+    )
     echo: str = ''  # the prompt as text, to be given out before what is written
     score: int = 0  # with logprobs: tell those of so many prompt tokens too, the last ones
     avoid: Any = None  # an originality.Avoid: what must not be copied
@@ -65,7 +69,9 @@ class Row:
     decode: Callable[[int | None], str] | None = None
     held: str = ''  # text that may be the beginning of a stop text
     given: int = 0  # characters given out
-    waiting: list[dict[str, Any]] = field(default_factory=list)  # token reports of text that is held
+    waiting: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # token reports of text that is held
 
 
 class Full(Exception):
@@ -82,23 +88,43 @@ class Engine:
     At most `max_batch` rows write at once, `max_queue` wait for a place. `deliver` gets a list of (row, Piece) after each step.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, deliver: Callable[[list[tuple[Row, Piece]]], Any], max_batch: int = 64, max_queue: int = 256):
-        self.model, self.tokenizer, self.deliver, self.max_batch, self.max_queue = model, tokenizer, deliver, max_batch, max_queue
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        deliver: Callable[[list[tuple[Row, Piece]]], Any],
+        max_batch: int = 64,
+        max_queue: int = 256,
+    ):
+        self.model, self.tokenizer, self.deliver, self.max_batch, self.max_queue = (
+            model,
+            tokenizer,
+            deliver,
+            max_batch,
+            max_queue,
+        )
         self.rows: set[Row] = set()  # all that are here: those that write and those that wait
         self.queue: deque[Row] = deque()
         self.active: list[Row] = []  # row i has place i in the cache
         self.changed = threading.Condition()
         self.running, self.stopping = True, False  # not running: it has ended, and takes no more
         self.events: list[tuple[Row, Piece]] = []
-        self.read_ids: list[int] = []  # what `reader` has read, and the logits behind it: n samples of one prompt read it once
+        self.read_ids: list[
+            int
+        ] = []  # what `reader` has read, and the logits behind it: n samples of one prompt read it once
         self.reading: Row | None = None  # for whom, if there is more to read
         self.logits: torch.Tensor | None = None
         weight = model.transformer.wte.weight
-        self.device, self.dtype = weight.device, torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        self.device, self.dtype = (
+            weight.device,
+            torch.float32 if weight.device.type == 'cpu' else weight.dtype,
+        )
         self.room = -(-model.config.block_size // KEYS) * KEYS
         self.reader = KVCache(model.config, 1, self.room, self.device, self.dtype)
         first = max(2, max_batch) if self.device.type == 'cuda' else 4
-        self.cache = KVCache(model.config, first, self.room, self.device, self.dtype)  # on a CPU it grows when more write at once
+        self.cache = KVCache(
+            model.config, first, self.room, self.device, self.dtype
+        )  # on a CPU it grows when more write at once
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Have the rows written, in order of arrival.
@@ -184,12 +210,22 @@ class Engine:
         while self.queue and budget > 0 and len(self.active) < self.max_batch:
             row = self.queue[0]
             ids, size = row.prompt + row.written, self.model.config.block_size
-            ids = ids[-size:] if len(ids) <= size else ids[-max(1, size // 2) :]  # a full context keeps its later half, as in generate
+            ids = (
+                ids[-size:] if len(ids) <= size else ids[-max(1, size // 2) :]
+            )  # a full context keeps its later half, as in generate
             wants = row.logprobs is not None and row.score > 0 and not row.written
             done = len(self.read_ids)
-            if self.read_ids != ids[:done] or 0 < done < len(ids) and done % CHUNK or wants and self.reading is not row:
+            if (
+                self.read_ids != ids[:done]
+                or 0 < done < len(ids)
+                and done % CHUNK
+                or wants
+                and self.reading is not row
+            ):
                 self.read_ids, done = [], 0
-                row.waiting = [] if wants else row.waiting  # somebody came between: it is read, and told, from the start again
+                row.waiting = (
+                    [] if wants else row.waiting
+                )  # somebody came between: it is read, and told, from the start again
             self.reading = row
             if done < len(ids):  # else somebody with the same prompt came before
                 piece, self.reader.length = ids[done : done + CHUNK], done
@@ -208,17 +244,33 @@ class Engine:
     def enter(self, row: Row, length: int) -> None:
         """Give the row the next place in the batch, with what was read, and its first token."""
         if row.dice is None:
-            row.dice, row.decode = torch.Generator().manual_seed(row.seed % 2**64), self.tokenizer.stream_decoder()
-            row.chances = (c for _ in itertools.count() for c in torch.rand(64, generator=row.dice).tolist())  # as generate draws them
+            row.dice, row.decode = (
+                torch.Generator().manual_seed(row.seed % 2**64),
+                self.tokenizer.stream_decoder(),
+            )
+            row.chances = (
+                c for _ in itertools.count() for c in torch.rand(64, generator=row.dice).tolist()
+            )  # as generate draws them
             if row.repetition_penalty != 1:
-                row.seen = torch.zeros(self.tokenizer.vocab_size, dtype=torch.bool, device=self.device)
+                row.seen = torch.zeros(
+                    self.tokenizer.vocab_size, dtype=torch.bool, device=self.device
+                )
                 row.seen[[i for i in row.prompt if i < self.tokenizer.vocab_size]] = True
             if row.echo or row.waiting:
                 self.events.append((row, Piece(row.echo, row.waiting)))
                 row.given, row.waiting = len(row.echo), []
         n = len(self.active)
         if max(2, n + 1) > self.cache.data.size(2):
-            old, self.cache = self.cache, KVCache(self.model.config, min(2 * n, max(2, self.max_batch)), self.room, self.device, self.dtype)
+            old, self.cache = (
+                self.cache,
+                KVCache(
+                    self.model.config,
+                    min(2 * n, max(2, self.max_batch)),
+                    self.room,
+                    self.device,
+                    self.dtype,
+                ),
+            )
             self.cache.data[:, :, :n] = old.data
         self.cache.data[:, :, n, :, :length] = self.reader.data[:, :, 0, :, :length]
         row.place = length
@@ -233,7 +285,9 @@ class Engine:
         """Free the row's place; the last row moves into it."""
         at, last = self.active.index(row), self.active.pop()
         if last is not row:
-            self.cache.data[:, :, at, :, : last.place] = self.cache.data[:, :, len(self.active), :, : last.place]
+            self.cache.data[:, :, at, :, : last.place] = self.cache.data[
+                :, :, len(self.active), :, : last.place
+            ]
             self.active[at] = last
 
     # -------------------------------------------------------------------------
@@ -241,7 +295,9 @@ class Engine:
 
     def step(self) -> None:
         """Read the last token of every row, and draw its next."""
-        for row in [row for row in self.active if row.place >= self.model.config.block_size]:  # full: read its later half again
+        for row in [
+            row for row in self.active if row.place >= self.model.config.block_size
+        ]:  # full: read its later half again
             self.leave(row)
             self.queue.appendleft(row)
         n = len(self.active)
@@ -251,9 +307,15 @@ class Engine:
         size = self.cache.data.size(2) if self.device.type == 'cuda' else max(2, n)
         spare = size - n
         now = copy.copy(self.cache)
-        now.data = self.cache.data[:, :, :size, :, : -(-(max(row.place for row in self.active) + 1) // KEYS) * KEYS]
-        now.place = torch.tensor([[row.place] for row in self.active] + [[0]] * spare, device=self.device)
-        last = torch.tensor([[row.written[-1]] for row in self.active] + [[0]] * spare, device=self.device)
+        now.data = self.cache.data[
+            :, :, :size, :, : -(-(max(row.place for row in self.active) + 1) // KEYS) * KEYS
+        ]
+        now.place = torch.tensor(
+            [[row.place] for row in self.active] + [[0]] * spare, device=self.device
+        )
+        last = torch.tensor(
+            [[row.written[-1]] for row in self.active] + [[0]] * spare, device=self.device
+        )
         logits = self.limit(self.model.next_logits(last, now)[:n])
         for row in self.active:
             row.place += 1
@@ -268,7 +330,13 @@ class Engine:
         own = [logits[i : i + 1] for i in range(len(rows))]
         for i, row in enumerate(rows):
             if row.seen is not None:
-                own[i] = torch.where(row.seen, torch.where(own[i] > 0, own[i] / row.repetition_penalty, own[i] * row.repetition_penalty), own[i])
+                own[i] = torch.where(
+                    row.seen,
+                    torch.where(
+                        own[i] > 0, own[i] / row.repetition_penalty, own[i] * row.repetition_penalty
+                    ),
+                    own[i],
+                )
             if row.avoid and (banned := row.avoid.banned()):
                 own[i] = own[i].clone()
                 own[i][0, banned] = -torch.inf
@@ -278,7 +346,9 @@ class Engine:
             groups.setdefault((row.temperature, row.top_k, row.top_p), []).append(i)
         for options, members in groups.items():
             chance = torch.tensor([next(rows[i].chances) for i in members], device=self.device)
-            for i, token in zip(members, draw(torch.cat([own[i] for i in members]), chance, *options).tolist()):
+            for i, token in zip(
+                members, draw(torch.cat([own[i] for i in members]), chance, *options).tolist()
+            ):
                 tokens[i] = token
         for i, (row, token) in enumerate(zip(rows, tokens)):
             row.written.append(token)
@@ -294,7 +364,11 @@ class Engine:
             ends = len(row.written) >= row.max_tokens
             text = row.decode(token) + (row.decode(None) if ends else '')
             if row.logprobs is not None:
-                row.waiting.append(self.report(row, token, row.given + len(row.held), logits[i].log_softmax(dim=-1)))
+                row.waiting.append(
+                    self.report(
+                        row, token, row.given + len(row.held), logits[i].log_softmax(dim=-1)
+                    )
+                )
             self.give(row, text, finish='length' if ends else '')
             if self.events[-1][0] is row and self.events[-1][1].finish:
                 self.leave(row)
@@ -307,7 +381,15 @@ class Engine:
             row.held, finish = row.held[: min(found)], 'stop'
         keep = 0
         if not finish:
-            keep = max((k for s in row.stop for k in range(1, min(len(s), len(row.held) + 1)) if row.held.endswith(s[:k])), default=0)
+            keep = max(
+                (
+                    k
+                    for s in row.stop
+                    for k in range(1, min(len(s), len(row.held) + 1))
+                    if row.held.endswith(s[:k])
+                ),
+                default=0,
+            )
         if finish:
             self.rows.discard(row)
         piece = Piece(row.held[: len(row.held) - keep], finish=finish)
@@ -322,14 +404,23 @@ class Engine:
     # -------------------------------------------------------------------------
     # Probabilities
 
-    def report(self, row: Row, token: int, offset: int, logprob: torch.Tensor | None) -> dict[str, Any]:
+    def report(
+        self, row: Row, token: int, offset: int, logprob: torch.Tensor | None
+    ) -> dict[str, Any]:
         """A token's own log probability, as the model has it before temperature and its like, and those of the likeliest."""
-        told: dict[str, Any] = {'token': self.shown(token), 'offset': offset, 'logprob': None, 'top': None}
+        told: dict[str, Any] = {
+            'token': self.shown(token),
+            'offset': offset,
+            'logprob': None,
+            'top': None,
+        }
         if logprob is not None:
             told['logprob'] = float(logprob[token])
             if row.logprobs:
                 values, ids = logprob.topk(min(row.logprobs, len(logprob)))
-                told['top'] = {self.shown(i): v for i, v in zip(ids.tolist(), values.tolist())} | {told['token']: told['logprob']}
+                told['top'] = {self.shown(i): v for i, v in zip(ids.tolist(), values.tolist())} | {
+                    told['token']: told['logprob']
+                }
         return told
 
     def shown(self, token: int) -> str:
@@ -347,5 +438,7 @@ class Engine:
         offset = len(row.echo) - len(self.tokenizer.decode(ids[max(first, start + (start > 0)) :]))
         decode = self.tokenizer.stream_decoder()
         for i in range(max(first, start + (start > 0)), end):
-            row.waiting.append(self.report(row, ids[i], max(0, offset), logprobs[i - start - 1] if i else None))  # nothing stands before the first
+            row.waiting.append(
+                self.report(row, ids[i], max(0, offset), logprobs[i - start - 1] if i else None)
+            )  # nothing stands before the first
             offset += len(decode(ids[i]))

@@ -25,7 +25,11 @@ from lyregpt.pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_conv1
 from lyregpt.tokenizer import EOT, Tokenizer, bytes_to_unicode
 from model import PRESETS, GPTConfig
 
-DTYPES = {'float32': (torch.float32, 'F32'), 'bfloat16': (torch.bfloat16, 'BF16'), 'float16': (torch.float16, 'F16')}  # torch's, and GGUF's name
+DTYPES = {
+    'float32': (torch.float32, 'F32'),
+    'bfloat16': (torch.bfloat16, 'BF16'),
+    'float16': (torch.float16, 'F16'),
+}  # torch's, and GGUF's name
 
 
 @dataclass
@@ -35,9 +39,13 @@ class ExportConfig:
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
     # What to make of it
-    format: Literal['hf', 'gguf'] = 'hf'  # hf: a folder for transformers; gguf: a file for llama.cpp
+    format: Literal['hf', 'gguf'] = (
+        'hf'  # hf: a folder for transformers; gguf: a file for llama.cpp
+    )
     to: str = ''  # where it goes; '': export-NAME for out-NAME, .gguf behind it for a file
-    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of all weights; in a GGUF of its matrices alone
+    dtype: Literal['float32', 'bfloat16', 'float16'] = (
+        'float32'  # of all weights; in a GGUF of its matrices alone
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -46,10 +54,16 @@ class ExportConfig:
 
 def architecture(config: GPTConfig) -> str:
     """gpt2 or qwen3, whichever has the model's shape. Raises ValueError that names the field in the way."""
-    wanted: dict[str, dict[str, Any]] = {'gpt2': dict(PRESETS['gpt2']), 'qwen3': dict(PRESETS['modern'])}
+    wanted: dict[str, dict[str, Any]] = {
+        'gpt2': dict(PRESETS['gpt2']),
+        'qwen3': dict(PRESETS['modern']),
+    }
     del wanted['gpt2']['bias']  # where there are none, zeros are written
     wanted['gpt2'] |= {'n_kv_head': config.n_head, 'head_dim': config.n_embd / config.n_head}
-    wrong = {k: [key for key, v in want.items() if key != 'tie_weights' and getattr(config, key) != v] for k, want in wanted.items()}
+    wrong = {
+        k: [key for key, v in want.items() if key != 'tie_weights' and getattr(config, key) != v]
+        for k, want in wanted.items()
+    }
     kind = min(wrong, key=lambda k: len(wrong[k]))
     for key in wrong[kind]:
         raise ValueError(
@@ -59,7 +73,9 @@ def architecture(config: GPTConfig) -> str:
     return kind
 
 
-def to_hf(config: GPTConfig, state: dict[str, torch.Tensor], vocab_size: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def to_hf(
+    config: GPTConfig, state: dict[str, torch.Tensor], vocab_size: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config.json, weights) of Hugging Face's GPT-2 or Qwen3 that computes the same, with the first `vocab_size` tokens alone.
 
     A tied head is left out. Raises ValueError, with the field's name, for a model that is neither.
@@ -77,25 +93,48 @@ def to_hf(config: GPTConfig, state: dict[str, torch.Tensor], vocab_size: int) ->
             weights[name] = w.t()
         if kind == 'gpt2' and not c.bias and (is_conv1d(name) or '.ln_' in name):
             weights[name.replace('weight', 'bias')] = torch.zeros(w.size(0))
-    hf: dict[str, Any] = {'model_type': kind, 'vocab_size': vocab_size, 'tie_word_embeddings': c.tie_weights}
+    hf: dict[str, Any] = {
+        'model_type': kind,
+        'vocab_size': vocab_size,
+        'tie_word_embeddings': c.tie_weights,
+    }
     if kind == 'gpt2':
-        hf |= {'architectures': ['GPT2LMHeadModel'], 'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd}
-        hf |= {'n_positions': c.block_size, 'n_inner': c.n_ff, **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)}
+        hf |= {
+            'architectures': ['GPT2LMHeadModel'],
+            'n_layer': c.n_layer,
+            'n_head': c.n_head,
+            'n_embd': c.n_embd,
+        }
+        hf |= {
+            'n_positions': c.block_size,
+            'n_inner': c.n_ff,
+            **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout),
+        }
     else:
         hf |= {'architectures': ['Qwen3ForCausalLM'], 'rope_theta': c.rope_theta}
         hf |= {key: getattr(c, own) for key, own in QWEN3_SHAPE.items()}
-    return hf | {key: values[0] for key, values in EXACTLY[kind].items() if values[0] is not None}, weights
+    return hf | {
+        key: values[0] for key, values in EXACTLY[kind].items() if values[0] is not None
+    }, weights
 
 
 # -----------------------------------------------------------------------------
 # The formats
 
 
-def write_hf(folder: str, hf: dict[str, Any], weights: dict[str, torch.Tensor], tokenizer: Tokenizer, dtype: str) -> None:
+def write_hf(
+    folder: str,
+    hf: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    dtype: str,
+) -> None:
     """All of a Hugging Face folder but the model card."""
     size = hf.get('n_positions') or hf['max_position_embeddings']
     engine = tokenizer.to_hf()
-    ids = dict.fromkeys(('bos_token_id', 'eos_token_id'), tokenizer.eot)  # both stand between documents; None must be said: GPT-2's default is 50256
+    ids = dict.fromkeys(
+        ('bos_token_id', 'eos_token_id'), tokenizer.eot
+    )  # both stand between documents; None must be said: GPT-2's default is 50256
     roles = {'bos_token': tokenizer.eot, 'eos_token': tokenizer.eot, 'unk_token': tokenizer.unk}
     for name, content in {
         'config.json': hf | ids | {'torch_dtype': dtype},
@@ -103,22 +142,47 @@ def write_hf(folder: str, hf: dict[str, Any], weights: dict[str, torch.Tensor], 
         'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'model_max_length': size,
-            'model_input_names': ['input_ids', 'attention_mask'],  # transformers 4 adds token types by itself, which GPT-2 would look up
+            'model_input_names': [
+                'input_ids',
+                'attention_mask',
+            ],  # transformers 4 adds token types by itself, which GPT-2 would look up
             'clean_up_tokenization_spaces': False,
             'split_special_tokens': True,  # one written out in a text is text
-            **{role: t['content'] for role, i in roles.items() for t in engine['added_tokens'] if t['id'] == i},
+            **{
+                role: t['content']
+                for role, i in roles.items()
+                for t in engine['added_tokens']
+                if t['id'] == i
+            },
         },
-        'generation_config.json': {'do_sample': True, 'temperature': 0.8, 'top_k': 200, 'max_length': size, **ids, 'pad_token_id': tokenizer.eot},
+        'generation_config.json': {
+            'do_sample': True,
+            'temperature': 0.8,
+            'top_k': 200,
+            'max_length': size,
+            **ids,
+            'pad_token_id': tokenizer.eot,
+        },
     }.items():
         with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-            json.dump(content, f, ensure_ascii=False, indent=None if name == 'tokenizer.json' else 2)
+            json.dump(
+                content, f, ensure_ascii=False, indent=None if name == 'tokenizer.json' else 2
+            )
     tensors = {name: w.to(DTYPES[dtype][0], copy=True).contiguous() for name, w in weights.items()}
     save_file(tensors, path := os.path.join(folder, 'model.safetensors'), {'format': 'pt'})
-    shutil.copymode(os.path.join(folder, 'config.json'), path)  # safetensors lets nobody but the owner read it
+    shutil.copymode(
+        os.path.join(folder, 'config.json'), path
+    )  # safetensors lets nobody but the owner read it
 
 
 def write_gguf(
-    path: str, config: GPTConfig, hf: dict[str, Any], weights: dict[str, torch.Tensor], tokenizer: Tokenizer, dtype: str, name: str
+    path: str,
+    config: GPTConfig,
+    hf: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    dtype: str,
+    name: str,
 ) -> None:
     """A GGUF file of llama.cpp's architecture gpt2 or qwen3. Raises UserError if llama.cpp lacks the tokenizer."""
     import gguf
@@ -126,7 +190,9 @@ def write_gguf(
     kind, dense = hf['model_type'], gguf.GGMLQuantizationType[DTYPES[dtype][1]]
     out = gguf.GGUFWriter(path, kind)
     out.add_name(name)
-    out.add_file_type(gguf.LlamaFileType['ALL_F32' if dense.name == 'F32' else f'MOSTLY_{dense.name}'])
+    out.add_file_type(
+        gguf.LlamaFileType['ALL_F32' if dense.name == 'F32' else f'MOSTLY_{dense.name}']
+    )
     out.add_context_length(config.block_size)
     out.add_embedding_length(config.n_embd)
     out.add_block_count(config.n_layer)
@@ -157,9 +223,15 @@ def write_gguf(
             # the spare document end: the mean of all rows has the mean of all logits, so it is never the likeliest token
             w = torch.cat([w, w.mean(0, keepdim=True)])
         w = w.t() if kind == 'gpt2' and is_conv1d(name) else w  # llama.cpp has no Conv1D
-        whole = w.dim() == 1 or stem.endswith('wpe')  # norms, biases and positions: llama.cpp wants them in full
+        whole = w.dim() == 1 or stem.endswith(
+            'wpe'
+        )  # norms, biases and positions: llama.cpp wants them in full
         w = w.to(torch.float32 if whole else DTYPES[dtype][0]).contiguous().view(torch.uint8)
-        out.add_tensor(f'{names.get_name(stem)}.{suffix}', w.numpy(), raw_dtype=gguf.GGMLQuantizationType.F32 if whole else dense)
+        out.add_tensor(
+            f'{names.get_name(stem)}.{suffix}',
+            w.numpy(),
+            raw_dtype=gguf.GGMLQuantizationType.F32 if whole else dense,
+        )
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -176,26 +248,64 @@ def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[Any], list[st
     from gguf import TokenType
 
     if tokenizer.kind == 'wordpiece':
-        raise UserError("format=gguf: llama.cpp knows BERT's WordPiece alone, not one of bytes; use --format=hf, or train with --tokenizer=bpe")
+        raise UserError(
+            "format=gguf: llama.cpp knows BERT's WordPiece alone, not one of bytes; use --format=hf, or train with --tokenizer=bpe"
+        )
     engine, printed = tokenizer.to_hf(), bytes_to_unicode()
-    tokens = [''.join(printed[b] for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    tokens = [
+        ''.join(printed[b] for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)
+    ]
     types = [TokenType.NORMAL] * len(tokens)
     for added in engine['added_tokens']:
-        tokens[added['id']], types[added['id']] = added['content'], TokenType.CONTROL if added['special'] else TokenType.USER_DEFINED
+        tokens[added['id']], types[added['id']] = (
+            added['content'],
+            TokenType.CONTROL if added['special'] else TokenType.USER_DEFINED,
+        )
     if tokenizer.kind == 'char':
-        pairs = {(token[:i], token[i]): None for token, t in zip(tokens, types) if t == TokenType.NORMAL for i in range(1, len(token))}
+        pairs = {
+            (token[:i], token[i]): None
+            for token, t in zip(tokens, types)
+            if t == TokenType.NORMAL
+            for i in range(1, len(token))
+        }
         merges = [' '.join(pair) for pair in pairs]
     else:
         splits = engine['pre_tokenizer'] or {}
-        if (splits.get('type'), splits.get('add_prefix_space'), splits.get('use_regex')) != ('ByteLevel', False, True):
-            raise UserError("format=gguf: this tokenizer does not split text as GPT-2's does; --format=hf keeps it as it is")
-        foreign = [key for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges') if engine['model'].get(key)]
-        foreign += ['normalizer'] * bool(engine['normalizer'] and not (tokenizer.lowercase or tokenizer.squeeze))  # of ours the card tells
-        foreign += [key for key in ('lstrip', 'rstrip', 'single_word') if any(t[key] for t in engine['added_tokens'] if not t['special'])]
+        if (splits.get('type'), splits.get('add_prefix_space'), splits.get('use_regex')) != (
+            'ByteLevel',
+            False,
+            True,
+        ):
+            raise UserError(
+                "format=gguf: this tokenizer does not split text as GPT-2's does; --format=hf keeps it as it is"
+            )
+        foreign = [
+            key
+            for key in (
+                'dropout',
+                'continuing_subword_prefix',
+                'end_of_word_suffix',
+                'byte_fallback',
+                'ignore_merges',
+            )
+            if engine['model'].get(key)
+        ]
+        foreign += ['normalizer'] * bool(
+            engine['normalizer'] and not (tokenizer.lowercase or tokenizer.squeeze)
+        )  # of ours the card tells
+        foreign += [
+            key
+            for key in ('lstrip', 'rstrip', 'single_word')
+            if any(t[key] for t in engine['added_tokens'] if not t['special'])
+        ]
         if foreign:
-            raise UserError(f'format=gguf: cannot say what {foreign[0]} in this tokenizer does to a text; --format=hf keeps it as it is')
+            raise UserError(
+                f'format=gguf: cannot say what {foreign[0]} in this tokenizer does to a text; --format=hf keeps it as it is'
+            )
         merges = [' '.join(pair) for pair in engine['model']['merges']]
-        tokens = [token or f'[unused{i}]' for i, token in enumerate(tokens)]  # ids that a foreign vocabulary leaves out
+        tokens = [
+            token or f'[unused{i}]' for i, token in enumerate(tokens)
+        ]  # ids that a foreign vocabulary leaves out
     merges = merges or ['ÿ ÿ']  # llama.cpp wants one; the byte 255 is in no text
     if tokenizer.eot is not None:
         return tokens, types, merges, tokenizer.eot
@@ -214,29 +324,57 @@ def number(value: Any) -> float:
         return 0.0
 
 
-def card(config: ExportConfig, name: str, best: bool, state: dict[str, Any], hf: dict[str, Any], n_params: int, tokenizer: Tokenizer) -> str:
+def card(
+    config: ExportConfig,
+    name: str,
+    best: bool,
+    state: dict[str, Any],
+    hf: dict[str, Any],
+    n_params: int,
+    tokenizer: Tokenizer,
+) -> str:
     """The model's README.md: what is known is in it, what only its owner knows is marked FILL IN."""
-    c, trained, meta = GPTConfig(**state['model_args']), state.get('config', {}), state.get('meta', {})
+    c, trained, meta = (
+        GPTConfig(**state['model_args']),
+        state.get('config', {}),
+        state.get('meta', {}),
+    )
     gguf, dataset = config.format == 'gguf', str(trained.get('dataset') or '')
-    start = str(meta.get('began_from') or trained.get('init_from') or '').removeprefix('auto:')  # resume: nobody knows any more
+    start = str(meta.get('began_from') or trained.get('init_from') or '').removeprefix(
+        'auto:'
+    )  # resume: nobody knows any more
     rows = {
-        'architecture': f'{hf["architectures"][0]}' + f', trained with lyreGPT (arch={c.arch})' * ('tokenizer' in state),  # nanoGPT's have none
+        'architecture': f'{hf["architectures"][0]}'
+        + f', trained with lyreGPT (arch={c.arch})' * ('tokenizer' in state),  # nanoGPT's have none
         'parameters': f'{n_params:,}',
         'shape': f'{c.n_layer} layers, {c.n_head} heads of {c.head_dim} ({c.n_kv_head} for keys and values), {c.n_embd} wide, {c.n_ff} in the MLP',
         'context': f'{c.block_size:,} tokens',
         'vocabulary': f'{tokenizer.vocab_size:,} tokens ({tokenizer.kind})',
         'weights': config.dtype,
-        'began from': os.path.basename(os.path.normpath(start)) if start not in ('', 'scratch', 'resume', 'auto') else '',
+        'began from': os.path.basename(os.path.normpath(start))
+        if start not in ('', 'scratch', 'resume', 'auto')
+        else '',
         'steps': f'{steps:,.0f}' if (steps := number(state.get('iter_num'))) else '',
     }
     loss, bytes_per_token = number(state.get('best_val_loss')), number(meta.get('bytes_per_token'))
     if 0 < loss < 1000:  # nanoGPT's is a billion before it is measured
-        rows['validation loss'] = f'{loss:.4f} nats per token' + (f', {loss / bytes_per_token / math.log(2):.3f} bits per byte' if bytes_per_token else '')
+        rows['validation loss'] = f'{loss:.4f} nats per token' + (
+            f', {loss / bytes_per_token / math.log(2):.3f} bits per byte' if bytes_per_token else ''
+        )
         rows['validation loss'] += ' (the best of its training)' * (not best)
     counts: list[str] = []
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # none, or others, in a checkpoint that is not ours
-        counts = [f'| {s} | {n["documents"]:,} | {n["tokens"]:,} | {n["bytes"]:,} |\n' for s, n in meta['splits'].items()]
-    table_of_data = ''.join(['\n| split | documents | tokens | bytes of text |\n|---|---|---|---|\n', *counts]) if counts else ''
+    with contextlib.suppress(
+        AttributeError, KeyError, TypeError, ValueError
+    ):  # none, or others, in a checkpoint that is not ours
+        counts = [
+            f'| {s} | {n["documents"]:,} | {n["tokens"]:,} | {n["bytes"]:,} |\n'
+            for s, n in meta['splits'].items()
+        ]
+    table_of_data = (
+        ''.join(['\n| split | documents | tokens | bytes of text |\n|---|---|---|---|\n', *counts])
+        if counts
+        else ''
+    )
     alone = 'It knows the words and the manner of its data alone. ' * (start == 'scratch')
     notes = [
         f'{alone}It sees no more than {c.block_size:,} tokens at a time. It continues texts; it does not '
@@ -244,12 +382,20 @@ def card(config: ExportConfig, name: str, best: bool, state: dict[str, Any], hf:
         'FILL IN: what it was tried for, and what it must not be used for.',
     ]
     if gguf and (tokenizer.lowercase or tokenizer.squeeze):
-        what = ['in lower case'] * tokenizer.lowercase + ['without runs of blanks and of empty lines'] * tokenizer.squeeze
-        notes.append(f'It was trained on text {" and ".join(what)}. GGUF cannot say so: write prompts that way yourself.')
+        what = ['in lower case'] * tokenizer.lowercase + [
+            'without runs of blanks and of empty lines'
+        ] * tokenizer.squeeze
+        notes.append(
+            f'It was trained on text {" and ".join(what)}. GGUF cannot say so: write prompts that way yourself.'
+        )
     if gguf and tokenizer.kind == 'char':
-        notes.append("Characters that it does not know are dropped from a prompt without a word: llama.cpp's way.")
+        notes.append(
+            "Characters that it does not know are dropped from a prompt without a word: llama.cpp's way."
+        )
     if gguf and tokenizer.eot is None:
-        notes.append('Its data has no document ends, but llama.cpp must have one: a spare token that no training has seen; `--ignore-eos` never draws it.')
+        notes.append(
+            'Its data has no document ends, but llama.cpp must have one: a spare token that no training has seen; `--ignore-eos` never draws it.'
+        )
     file = f'{name}.gguf'
     llama = f'''llama.cpp (a text begins as a document does; `llama-cli` in releases before the end of 2025):
 
@@ -264,7 +410,7 @@ Ollama, with this `Modelfile`, then `ollama create {name.lower()} -f Modelfile` 
     PARAMETER top_k 200
 
 LM Studio: `lms import {file}`, then a plain text completion without a chat template.'''
-    transformers = f'''    from transformers import AutoModelForCausalLM, AutoTokenizer
+    transformers = f"""    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained('{name}'), AutoTokenizer.from_pretrained('{name}')
     words = model.generate(**tokenizer('The rain', return_tensors='pt'))
@@ -272,9 +418,9 @@ LM Studio: `lms import {file}`, then a plain text completion without a chat temp
 
 lyreGPT: `python sample.py --init_from={name}`, and `python train.py --init_from={name}` to train it further.
 
-For llama.cpp, Ollama and LM Studio: `python -m lyregpt export --format=gguf` makes the file and says how.'''
+For llama.cpp, Ollama and LM Studio: `python -m lyregpt export --format=gguf` makes the file and says how."""
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
-    return f'''---
+    return f"""---
 library_name: {'gguf' if gguf else 'transformers'}
 pipeline_tag: text-generation
 license: other  # FILL IN: the licence of these weights, as one of huggingface.co/docs/hub/repositories-licenses
@@ -305,7 +451,7 @@ FILL IN: the licence of these weights; whose words they learned, and on what ter
 ## Limits
 
 {(chr(10) * 2).join(notes)}
-'''
+"""
 
 
 # -----------------------------------------------------------------------------
@@ -323,13 +469,21 @@ def export(config: ExportConfig) -> str:
     targets = [to, f'{stem}.md'] if gguf else [to]
     for target in targets:
         if os.path.lexists(target) and (gguf or not os.path.isdir(target) or os.listdir(target)):
-            raise UserError(f'{target}: is there already; remove it, or name another place with --to')
+            raise UserError(
+                f'{target}: is there already; remove it, or name another place with --to'
+            )
     path, state = checkpoint.load_from(config.out_dir)
     model, tokenizer = checkpoint.build_model(state, path), checkpoint.tokenizer_of(state)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}: they do not belong together')
+        raise UserError(
+            f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}: they do not belong together'
+        )
     try:
-        hf, weights = to_hf(model.config, {k: w.detach() for k, w in model.state_dict().items()}, tokenizer.vocab_size)
+        hf, weights = to_hf(
+            model.config,
+            {k: w.detach() for k, w in model.state_dict().items()},
+            tokenizer.vocab_size,
+        )
     except ValueError as error:
         raise UserError(f'{path}: {error}') from None
     name, part = os.path.basename(stem if gguf else to), to + '.tmp'
@@ -338,10 +492,20 @@ def export(config: ExportConfig) -> str:
     os.makedirs(part)
     try:
         text = card(config, name, 'best' in os.path.basename(path), state, hf, n_params, tokenizer)
-        with open(os.path.join(part, f'{name}.md' if gguf else 'README.md'), 'w', encoding='utf-8') as f:
+        with open(
+            os.path.join(part, f'{name}.md' if gguf else 'README.md'), 'w', encoding='utf-8'
+        ) as f:
             f.write(text)
         if gguf:
-            write_gguf(os.path.join(part, f'{name}.gguf'), model.config, hf, weights, tokenizer, config.dtype, name)
+            write_gguf(
+                os.path.join(part, f'{name}.gguf'),
+                model.config,
+                hf,
+                weights,
+                tokenizer,
+                config.dtype,
+                name,
+            )
         else:
             write_hf(part, hf, weights, tokenizer, config.dtype)
         for file in os.listdir(part):
@@ -358,17 +522,29 @@ def export(config: ExportConfig) -> str:
             if os.path.isdir(to):  # empty, and Windows renames nothing onto it
                 os.rmdir(to)
             os.rename(part, to)
-    except (OSError, SafetensorError) as error:  # numpy tells of a full disk by the bytes it could write
-        raise UserError(f'{to}: could not be written, is the disk full? ({getattr(error, "strerror", None) or error})') from None
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # numpy tells of a full disk by the bytes it could write
+        raise UserError(
+            f'{to}: could not be written, is the disk full? ({getattr(error, "strerror", None) or error})'
+        ) from None
     finally:
         checkpoint.remove(part)
-    print(f'{path} → {to}: {hf["architectures"][0]}, {n_params:,} parameters, {config.dtype}; now fill in {f"{stem}.md" if gguf else f"{to}/README.md"}')
+    print(
+        f'{path} → {to}: {hf["architectures"][0]}, {n_params:,} parameters, {config.dtype}; now fill in {f"{stem}.md" if gguf else f"{to}/README.md"}'
+    )
     return to
 
 
 def main() -> None:
     """Export what the command line names."""
-    export(configure(ExportConfig, description="Write a trained model in the formats that other people's tools load."))
+    export(
+        configure(
+            ExportConfig,
+            description="Write a trained model in the formats that other people's tools load.",
+        )
+    )
 
 
 if __name__ == '__main__':

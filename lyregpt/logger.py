@@ -41,7 +41,9 @@ class Log:
                     kept = [
                         row
                         for row in csv.DictReader(f)
-                        if (row['step'] or '').isdigit() and int(row['step']) <= step and row['mfu'] is not None
+                        if (row['step'] or '').isdigit()
+                        and int(row['step']) <= step
+                        and row['mfu'] is not None
                     ]
             with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
                 writer = csv.DictWriter(f, METRICS, extrasaction='ignore')
@@ -51,11 +53,20 @@ class Log:
                 os.fsync(f.fileno())
             os.replace(path + '.tmp', path)
             self.metrics = open(path, 'a', encoding='utf-8', newline='')
-            self.text = open(os.path.join(config.out_dir, 'train.log'), 'a' if resuming else 'w', encoding='utf-8')
-            write_whole(os.path.join(config.out_dir, 'config.json'), json.dumps(dataclasses.asdict(config), indent=1).encode())
+            self.text = open(
+                os.path.join(config.out_dir, 'train.log'),
+                'a' if resuming else 'w',
+                encoding='utf-8',
+            )
+            write_whole(
+                os.path.join(config.out_dir, 'config.json'),
+                json.dumps(dataclasses.asdict(config), indent=1).encode(),
+            )
             tokenizer.save(os.path.join(config.out_dir, 'tokenizer.json'))
         except OSError as error:
-            raise UserError(f'out_dir={config.out_dir}: cannot be written ({error.strerror})') from None
+            raise UserError(
+                f'out_dir={config.out_dir}: cannot be written ({error.strerror})'
+            ) from None
         self.writer = csv.DictWriter(self.metrics, METRICS)
         self.sessions = (read_sessions(config.out_dir) if resuming else []) + [{}]
         self.wandb = self.board = None
@@ -64,7 +75,9 @@ class Log:
                 import wandb
 
                 self.wandb = wandb.init(
-                    project=config.wandb_project, name=config.wandb_run_name or config.out_dir, config=dataclasses.asdict(config)
+                    project=config.wandb_project,
+                    name=config.wandb_run_name or config.out_dir,
+                    config=dataclasses.asdict(config),
                 )
             if config.tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
@@ -81,13 +94,17 @@ class Log:
         if console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed, and the last checkpoint is still being written
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # ValueError: it is closed, and the last checkpoint is still being written
             self.text.write(text + '\n')
             self.text.flush()
 
     def row(self, **values: Any) -> None:
         """One row of metrics.csv; fields without a figure stay empty."""
-        short = {k: f'{v:.8g}' if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        short = {
+            k: f'{v:.8g}' if isinstance(v, float) else v for k, v in values.items() if v is not None
+        }
         with contextlib.suppress(OSError):
             self.writer.writerow(short)
             self.metrics.flush()
@@ -102,7 +119,9 @@ class Log:
         """Put facts about this start of the run into run.json."""
         self.sessions[-1] |= facts
         with contextlib.suppress(OSError):
-            write_whole(os.path.join(self.out_dir, 'run.json'), json.dumps(self.sessions, indent=1).encode())
+            write_whole(
+                os.path.join(self.out_dir, 'run.json'), json.dumps(self.sessions, indent=1).encode()
+            )
 
     def sync(self) -> None:
         """Have metrics.csv reach the disk."""

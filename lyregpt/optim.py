@@ -33,13 +33,23 @@ def configure_optimizers(
     matrices: dict[tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, p in model.named_parameters():
         if optimizer == 'muon' and p.dim() == 2 and name.startswith('transformer.h.'):
-            matrices[tuple(next((s for end, s in splits.items() if name.endswith(end)), ()))].append((name, p))
+            matrices[
+                tuple(next((s for end, s in splits.items() if name.endswith(end)), ()))
+            ].append((name, p))
         else:
             groups['decay' if p.dim() >= 2 and optimizer != 'muon' else 'plain'].append((name, p))
-    adamw = [{'params': groups['decay'], 'weight_decay': weight_decay}, {'params': groups['plain'], 'weight_decay': 0.0}]
+    adamw = [
+        {'params': groups['decay'], 'weight_decay': weight_decay},
+        {'params': groups['plain'], 'weight_decay': 0.0},
+    ]
     device = next(model.parameters()).device
     made: dict[str, torch.optim.Optimizer] = {
-        'adamw': torch.optim.AdamW([g for g in adamw if g['params']], lr=learning_rate, betas=betas, fused=device.type in ('cpu', 'cuda'))
+        'adamw': torch.optim.AdamW(
+            [g for g in adamw if g['params']],
+            lr=learning_rate,
+            betas=betas,
+            fused=device.type in ('cpu', 'cuda'),
+        )
     }
     if matrices:
         made['muon'] = Muon(
@@ -98,7 +108,9 @@ class Muon(torch.optim.Optimizer):
             weight.mul_(1 - group['lr'] * group['weight_decay'])
             weight.add_(update, alpha=-group['lr'])
 
-    def sharded(self, params: list[tuple[torch.Tensor, dict[str, Any]]], updates: list[torch.Tensor]) -> list[torch.Tensor]:
+    def sharded(
+        self, params: list[tuple[torch.Tensor, dict[str, Any]]], updates: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """This process's rows of each orthogonalized update, from its rows of each update."""
         from torch.distributed.tensor import DTensor, Shard
 
@@ -110,37 +122,67 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns, *_), members in alike.items():
             mine = torch.stack([updates[i] for i in members])
             shape = torch.Size((len(members), rows, columns))
-            dealt = DTensor.from_local(mine, mesh, [Shard(1)], run_check=False, shape=shape, stride=(rows * columns, columns, 1))
+            dealt = DTensor.from_local(
+                mine,
+                mesh,
+                [Shard(1)],
+                run_check=False,
+                shape=shape,
+                stride=(rows * columns, columns, 1),
+            )
             whole.append(dealt.redistribute(placements=[Shard(0)]).to_local())
-        cuts = [params[members[0]][1]['rows'] for stack, members in zip(whole, alike.values()) for _ in stack]
-        done = iter(orthogonalize_parts([matrix for stack in whole for matrix in stack], cuts, self.dtype))
+        cuts = [
+            params[members[0]][1]['rows']
+            for stack, members in zip(whole, alike.values())
+            for _ in stack
+        ]
+        done = iter(
+            orthogonalize_parts([matrix for stack in whole for matrix in stack], cuts, self.dtype)
+        )
         out = list(updates)
         for ((rows, columns, *_), members), stack in zip(alike.items(), whole):
             result = torch.empty(stack.shape, device=stack.device)
             for matrix in result:
                 torch.cat(next(done), out=matrix)
             shape = torch.Size((len(members), rows, columns))
-            dealt = DTensor.from_local(result, mesh, [Shard(0)], run_check=False, shape=shape, stride=(rows * columns, columns, 1))
+            dealt = DTensor.from_local(
+                result,
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=shape,
+                stride=(rows * columns, columns, 1),
+            )
             for i, part in zip(members, dealt.redistribute(placements=[Shard(1)]).to_local()):
-                out[i] = part.to(updates[i].device)  # with cpu_offload the mesh is the GPUs', the weights are not there
+                out[i] = part.to(
+                    updates[i].device
+                )  # with cpu_offload the mesh is the GPUs', the weights are not there
         return out
 
 
-def orthogonalize_parts(updates: Sequence[torch.Tensor], rows: Sequence[list[int]], dtype: torch.dtype) -> list[list[torch.Tensor]]:
+def orthogonalize_parts(
+    updates: Sequence[torch.Tensor], rows: Sequence[list[int]], dtype: torch.dtype
+) -> list[list[torch.Tensor]]:
     """Each update (2-D) cut by its `rows` ([]: whole), every part orthogonalized and scaled to AdamW's RMS, in fp32."""
     alike: dict[tuple[int, int], list[tuple[int, torch.Tensor, bool]]] = defaultdict(list)
     for i, (update, cut) in enumerate(zip(updates, rows)):
         for part in update.split(cut or [update.size(0)]):
-            tall = part.size(0) > part.size(1)  # turn tall ones so that products are of the smaller side
+            tall = part.size(0) > part.size(
+                1
+            )  # turn tall ones so that products are of the smaller side
             alike[min(part.shape), max(part.shape)].append((i, part.t() if tall else part, tall))
     done: list[list[torch.Tensor]] = [[] for _ in updates]
     for (_, columns), items in alike.items():
-        for (i, _, tall), part in zip(items, orthogonalize(torch.stack([part for _, part, _ in items]), dtype=dtype)):
+        for (i, _, tall), part in zip(
+            items, orthogonalize(torch.stack([part for _, part, _ in items]), dtype=dtype)
+        ):
             done[i].append((part.t() if tall else part).float().mul_(0.2 * columns**0.5))
     return done
 
 
-def orthogonalize(x: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def orthogonalize(
+    x: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Bring the singular values of each matrix of x (N, rows ≤ columns) near 1: the quintic Newton–Schulz iteration of Muon."""
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):

@@ -36,8 +36,18 @@ from configurator import UserError, configure, run
 from lyregpt.dataset import TokenFile, folder_of, read_tokenizer, token_files
 from lyregpt.tokenizer import Tokenizer
 
-MARKS = re.compile('[' + ''.join(chr(i) for i in [*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)] if unicodedata.category(chr(i)) in ('Mn', 'Mc')) + ']+')
-WORD = re.compile(rf"[^\W_]+(?:['’][^\W_]+|(?=[^\0-\u02ff]){MARKS.pattern}[^\W_]*)*")  # the glance ahead spares looking most marks up
+MARKS = re.compile(
+    '['
+    + ''.join(
+        chr(i)
+        for i in [*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)]
+        if unicodedata.category(chr(i)) in ('Mn', 'Mc')
+    )
+    + ']+'
+)
+WORD = re.compile(
+    rf"[^\W_]+(?:['’][^\W_]+|(?=[^\0-\u02ff]){MARKS.pattern}[^\W_]*)*"
+)  # the glance ahead spares looking most marks up
 HEAD = re.compile(r'^(artist|album|year|title):(.*)', re.I | re.M)
 DOCUMENT_END = b'\n\xff\n'  # a byte that UTF-8 never holds
 FORMAT = 2  # of the index; another number, and it is built again
@@ -66,10 +76,16 @@ class Originality:
     words: int  # how many were judged
     longest: int  # words of the longest run that stands there word for word
     text: str  # that run, as it stands in the text
-    song: str  # the first document that holds it: "Artist: Title", or "document 17: its first words…"
-    share: float | None  # of the text's runs of n words, those that stand there; None: it has no run of n words
+    song: (
+        str  # the first document that holds it: "Artist: Title", or "document 17: its first words…"
+    )
+    share: (
+        float | None
+    )  # of the text's runs of n words, those that stand there; None: it has no run of n words
     n: int
-    runs: list[dict[str, Any]]  # all runs of n words and more that cannot be made longer: start, end (characters), words, song
+    runs: list[
+        dict[str, Any]
+    ]  # all runs of n words and more that cannot be made longer: start, end (characters), words, song
 
     def __str__(self) -> str:
         if not self.words:
@@ -78,7 +94,11 @@ class Originality:
             return 'originality: not one of its words is in the training split'
         return (
             f'originality: {self.longest} word{"s" * (self.longest > 1)} in a row from "{self.song}" ("{brief(self.text, 60)}")'
-            + ('' if self.share is None else f'; {self.share:.0%} of its {self.n}-word runs are in the training split')
+            + (
+                ''
+                if self.share is None
+                else f'; {self.share:.0%} of its {self.n}-word runs are in the training split'
+            )
         )
 
 
@@ -95,7 +115,9 @@ def find_words(text: str) -> Iterator[re.Match[str]]:
 
 def fold(text: str) -> str:
     """Words as they are compared: equal for all ways to write the same letters."""
-    return unicodedata.normalize('NFC', unicodedata.normalize('NFD', text).casefold().replace('’', "'"))
+    return unicodedata.normalize(
+        'NFC', unicodedata.normalize('NFD', text).casefold().replace('’', "'")
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -112,7 +134,8 @@ class Index:
     def __init__(self, path: str, document_end: str = ''):
         self.document_end = document_end
         self.words, self.suffixes, self.starts, self.documents = (
-            np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r') for name in ('words', 'suffixes', 'starts', 'documents')
+            np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r')
+            for name in ('words', 'suffixes', 'starts', 'documents')
         )
         texts = []
         for name in 'vocabulary', 'songs':
@@ -120,11 +143,19 @@ class Index:
                 *lines, last = f.read().split('\n')
                 texts.append(lines if not last else [])
         self.vocabulary, self.songs = ['', *texts[0]], texts[1]
-        if (len(self.suffixes), len(self.starts), len(self.songs)) != (len(self.words), len(self.vocabulary) + 3, len(self.documents)):
+        if (len(self.suffixes), len(self.starts), len(self.songs)) != (
+            len(self.words),
+            len(self.vocabulary) + 3,
+            len(self.documents),
+        ):
             raise ValueError(f'{path}: the files do not belong together')
         self.ids = {word: i for i, word in enumerate(self.vocabulary)}
         # memoryviews: a number of theirs costs a quarter of numpy's
-        self._bytes, self._suffixes, self._starts = memoryview(self.words.view(np.uint8)), memoryview(self.suffixes), memoryview(self.starts)
+        self._bytes, self._suffixes, self._starts = (
+            memoryview(self.words.view(np.uint8)),
+            memoryview(self.suffixes),
+            memoryview(self.starts),
+        )
 
     @classmethod
     def open(cls, folder: str) -> 'Index':
@@ -134,8 +165,16 @@ class Index:
         """
         files, tokenizer = token_files(folder, 'train'), read_tokenizer(folder)
         stats = [(os.path.basename(file), os.stat(file)) for file in files]
-        key = [FORMAT, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], tokenizer.state()]
-        path = os.path.join(folder, 'originality-' + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
+        key = [
+            FORMAT,
+            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            tokenizer.state(),
+        ]
+        path = os.path.join(
+            folder,
+            'originality-'
+            + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12],
+        )
 
         def opened() -> Index | None:
             try:
@@ -159,7 +198,9 @@ class Index:
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(new, path)
         except OSError as error:
-            raise UserError(f'{error.filename or path}: the index of the training split cannot be written: {error.strerror or error}') from None
+            raise UserError(
+                f'{error.filename or path}: the index of the training split cannot be written: {error.strerror or error}'
+            ) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         remove_others(folder, os.path.basename(path))
@@ -174,22 +215,32 @@ class Index:
         def begin(at: int) -> bytes:
             return bytes(self._bytes[4 * at : 4 * at + len(query)])
 
-        low = bisect.bisect_left(self._suffixes, query, self._starts[first], self._starts[first + 1], key=begin)
-        return low, bisect.bisect_right(self._suffixes, query, low, self._starts[first + 1], key=begin)
+        low = bisect.bisect_left(
+            self._suffixes, query, self._starts[first], self._starts[first + 1], key=begin
+        )
+        return low, bisect.bisect_right(
+            self._suffixes, query, low, self._starts[first + 1], key=begin
+        )
 
     def encode(self, words: Sequence[str]) -> bytes:
         """Folded words as `find` wants them; one that the split lacks gets an id that stands nowhere."""
-        return np.array([self.ids.get(word, len(self.vocabulary)) for word in words], dtype='>u4').tobytes()
+        return np.array(
+            [self.ids.get(word, len(self.vocabulary)) for word in words], dtype='>u4'
+        ).tobytes()
 
     def song(self, low: int, high: int) -> str:
         """The first document among those that these places of the suffix array lie in."""
-        return self.songs[int(np.searchsorted(self.documents, self.suffixes[low:high].min(), side='right')) - 1]
+        return self.songs[
+            int(np.searchsorted(self.documents, self.suffixes[low:high].min(), side='right')) - 1
+        ]
 
     def following(self, words: Sequence[str]) -> list[str]:
         """The folded words that stand behind `words` anywhere in the split."""
         low, high = self.find(self.encode(words))
         after = self.words[self.suffixes[low:high].astype(np.int64) + len(words)]
-        new = after != np.concatenate([[0], after[:-1]])  # sorted, as suffixes are; 0 is a document's end
+        new = after != np.concatenate(
+            [[0], after[:-1]]
+        )  # sorted, as suffixes are; 0 is a document's end
         return [self.vocabulary[i] for i in after[new].tolist()]
 
     def compare(self, text: str, n: int = 5, since: int = 0) -> Originality:
@@ -217,9 +268,14 @@ class Index:
                 if low == high:
                     break
                 at, end = self._suffixes[low] + end - i + 1, end + 1
-                while end < len(words) and self._bytes[4 * at : 4 * at + 4] == query[4 * end : 4 * end + 4]:  # on along this place
+                while (
+                    end < len(words)
+                    and self._bytes[4 * at : 4 * at + 4] == query[4 * end : 4 * end + 4]
+                ):  # on along this place
                     at, end = at + 1, end + 1
-            if end > before and spans[end - 1][1] > since:  # else what begins here is the end of an earlier run
+            if (
+                end > before and spans[end - 1][1] > since
+            ):  # else what begins here is the end of an earlier run
                 found.append((i, end))
             known += end - i >= n and spans[i + n - 1][1] > since
         most = max(found, key=lambda run: run[1] - run[0], default=None)
@@ -228,9 +284,19 @@ class Index:
             song = self.song(*self.find(query[4 * i : 4 * end]))
             return {'start': spans[i][0], 'end': spans[end - 1][1], 'words': end - i, 'song': song}
 
-        best: dict[str, Any] = described(*most) if most else {'start': 0, 'end': 0, 'words': 0, 'song': ''}
+        best: dict[str, Any] = (
+            described(*most) if most else {'start': 0, 'end': 0, 'words': 0, 'song': ''}
+        )
         runs = [described(i, end) for i, end in found if end - i >= n]
-        return Originality(judged, best['words'], text[best['start'] : best['end']], best['song'], known / grams if grams else None, n, runs)
+        return Originality(
+            judged,
+            best['words'],
+            text[best['start'] : best['end']],
+            best['song'],
+            known / grams if grams else None,
+            n,
+            runs,
+        )
 
 
 def remove_others(folder: str, name: str) -> None:
@@ -238,7 +304,10 @@ def remove_others(folder: str, name: str) -> None:
     for other in os.listdir(folder):
         path = os.path.join(folder, other)
         try:
-            left = re.fullmatch(r'originality\..*\.tmp', other) and os.stat(path).st_mtime < time.time() - 86400
+            left = (
+                re.fullmatch(r'originality\..*\.tmp', other)
+                and os.stat(path).st_mtime < time.time() - 86400
+            )
         except OSError:  # gone
             continue
         if left or other != name and re.fullmatch('originality-[0-9a-f]{12}', other):
@@ -262,9 +331,16 @@ def build(files: list[str], tokenizer: Tokenizer, path: str) -> None:
                     documents.append(len(words))
                     songs.append(label(document, len(songs) + 1))
                     ended = False
-                words.extend(map(ids.__getitem__, fold(' '.join(WORD.findall(HEAD.sub('', document)))).split()))
+                words.extend(
+                    map(
+                        ids.__getitem__,
+                        fold(' '.join(WORD.findall(HEAD.sub('', document)))).split(),
+                    )
+                )
         if len(words) * word_bytes(len(ids)) >= 2**31:
-            raise UserError(f'{files[0]}: {len(words):,} words and more are too many to index: their ids must fit 2 GB')
+            raise UserError(
+                f'{files[0]}: {len(words):,} words and more are too many to index: their ids must fit 2 GB'
+            )
     words.append(0)
     array_ = np.frombuffer(words, dtype=np.uint32)
     print(f'sorting the places of {len(words):,} words', file=sys.stderr, flush=True)
@@ -290,12 +366,21 @@ def read_text(files: list[str], pieces: list[bytes]) -> Iterator[str]:
     """
     left = b''
     shards = [TokenFile(path) for path in files]
-    with tqdm(total=sum(map(len, shards)), unit='token', unit_scale=True, desc='reading words', disable=None, leave=False) as bar:
+    with tqdm(
+        total=sum(map(len, shards)),
+        unit='token',
+        unit_scale=True,
+        desc='reading words',
+        disable=None,
+        leave=False,
+    ) as bar:
         for shard in shards:
             for start in range(0, len(shard), 1 << 22):
                 tokens = shard.read(start, 1 << 22)
                 if tokens.max() >= len(pieces):
-                    raise UserError(f'{shard.path}: token id {tokens.max()} is beyond the vocabulary of {len(pieces)}: prepare the dataset again')
+                    raise UserError(
+                        f'{shard.path}: token id {tokens.max()} is beyond the vocabulary of {len(pieces)}: prepare the dataset again'
+                    )
                 left += b''.join(map(pieces.__getitem__, tokens.tolist()))
                 cut = left.rfind(DOCUMENT_END) + len(DOCUMENT_END)
                 cut = cut if cut >= len(DOCUMENT_END) else left.rfind(b'\n') + 1
@@ -308,8 +393,13 @@ def read_text(files: list[str], pieces: list[bytes]) -> Iterator[str]:
 def label(document: str, number: int) -> str:
     """A document's name for people, on one line: "Artist: Title" from its head, else its number and first words."""
     fields = HEAD.findall(re.split(r'\n\s*\n', document[:1000].strip())[0])
-    head = {key.lower(): value.strip() for key, value in reversed(fields)}  # the first of each counts
-    name = ': '.join(head[key] for key in ('artist', 'title') if head.get(key)) or f'document {number}: {" ".join(document[:200].split()[:6])}…'
+    head = {
+        key.lower(): value.strip() for key, value in reversed(fields)
+    }  # the first of each counts
+    name = (
+        ': '.join(head[key] for key in ('artist', 'title') if head.get(key))
+        or f'document {number}: {" ".join(document[:200].split()[:6])}…'
+    )
     return ' '.join(name.encode('utf-8', 'replace').decode().split())
 
 
@@ -335,19 +425,31 @@ def index_of(knobs: dict[str, Any], dataset: str = '') -> Index:
     """The index of what a checkpoint with these knobs (its `config`) was trained on, or of `dataset` if that is given. Raises UserError."""
     name = dataset or knobs.get('dataset', '')
     if not name:
-        raise UserError('the model does not say what it was trained on: name the folder of its training data with --dataset=FOLDER')
+        raise UserError(
+            'the model does not say what it was trained on: name the folder of its training data with --dataset=FOLDER'
+        )
     try:
         return Index.open(folder_of(name))
     except UserError as error:
-        raise UserError(f'{error}; if the training data is elsewhere, name its folder with --dataset=FOLDER') from None
+        raise UserError(
+            f'{error}; if the training data is elsewhere, name its folder with --dataset=FOLDER'
+        ) from None
 
 
 # -----------------------------------------------------------------------------
 # Writing nothing that is already there
 
-JOINED, MARKED, APOSTROPHE, APART = range(4)  # what stands before a token's first letter: nothing, marks, one apostrophe, anything else
-OUTSIDE, INSIDE, AFTER = range(3)  # where a text ends: in no word, in a word, behind the apostrophe behind one
-BEGINS = {OUTSIDE: (JOINED, MARKED, APOSTROPHE, APART), INSIDE: (APART,), AFTER: (MARKED, APOSTROPHE, APART)}  # which tokens begin a word there
+JOINED, MARKED, APOSTROPHE, APART = range(
+    4
+)  # what stands before a token's first letter: nothing, marks, one apostrophe, anything else
+OUTSIDE, INSIDE, AFTER = range(
+    3
+)  # where a text ends: in no word, in a word, behind the apostrophe behind one
+BEGINS = {
+    OUTSIDE: (JOINED, MARKED, APOSTROPHE, APART),
+    INSIDE: (APART,),
+    AFTER: (MARKED, APOSTROPHE, APART),
+}  # which tokens begin a word there
 
 
 def bare(folded: str) -> str:
@@ -400,8 +502,12 @@ class Spelling:
 spelling_of = functools.lru_cache(maxsize=4)(Spelling)  # shared by all rows
 
 
-@functools.lru_cache(maxsize=256)  # what follows a common word is long: it is asked for again and again
-def beginnings_behind(index: Index, spelling: Spelling, words: tuple[str, ...], ways: tuple[int, ...]) -> frozenset[int]:
+@functools.lru_cache(
+    maxsize=256
+)  # what follows a common word is long: it is asked for again and again
+def beginnings_behind(
+    index: Index, spelling: Spelling, words: tuple[str, ...], ways: tuple[int, ...]
+) -> frozenset[int]:
     """The tokens that, joined in these ways, spell or begin to spell a word that follows `words` in the training split, but for its marks."""
     following = {bare(word) for word in index.following(words)}
     return frozenset(token for way in ways for token in spelling.beginnings(way, following))
@@ -420,8 +526,15 @@ class Avoid:
 
     def __init__(self, index: Index, tokenizer: Tokenizer, n: int, prompt_text: str = ''):
         if n < 2:
-            raise UserError(f'avoid_copying={n}: expected at least 2 words (a single word is nobody\'s)')
-        self.index, self.n, self.eot, self.spelling = index, n, tokenizer.eot, spelling_of(tokenizer)
+            raise UserError(
+                f"avoid_copying={n}: expected at least 2 words (a single word is nobody's)"
+            )
+        self.index, self.n, self.eot, self.spelling = (
+            index,
+            n,
+            tokenizer.eot,
+            spelling_of(tokenizer),
+        )
         self._begin_document()
         self._read(prompt_text)
         self.unwatched = self.state != OUTSIDE  # the word that the prompt ends in
@@ -440,7 +553,11 @@ class Avoid:
                 self.line = (self.line + c)[:8]
                 if c.isalnum() or self.state == INSIDE and MARKS.match(c):
                     if self.state == OUTSIDE:
-                        self.words, self.last, self.unwatched = [*self.words[-self.n :], ''], '', False
+                        self.words, self.last, self.unwatched = (
+                            [*self.words[-self.n :], ''],
+                            '',
+                            False,
+                        )
                     self.last += "'" * (self.state == AFTER) + c
                     self.words[-1] = fold(self.last)
                     self.state = INSIDE
@@ -466,14 +583,20 @@ class Avoid:
         ends = [word[len(so_far) :] for word in following if word.startswith(so_far)]
         if not ends or state == AFTER:
             return {JOINED: ends}
-        return {JOINED: ends, MARKED: ends, APOSTROPHE: [end[1:] for end in ends if end.startswith("'")]}
+        return {
+            JOINED: ends,
+            MARKED: ends,
+            APOSTROPHE: [end[1:] for end in ends if end.startswith("'")],
+        }
 
     def banned(self) -> list[int]:
         """The token ids that must not come next. Tokens without letters and marks, and the document's end, are never among them."""
         banned = set(self.spelling.odd)
         if self.in_head:
             return list(banned)
-        part = self.decoder.getstate()[0]  # of a character: what does not complete it stands behind a U+FFFD
+        part = self.decoder.getstate()[
+            0
+        ]  # of a character: what does not complete it stands behind a U+FFFD
         state = OUTSIDE if part else self.state
         before = tuple(self.words[1 - self.n :]) if len(self.words) >= self.n - 1 else ()
         if before:
@@ -488,7 +611,11 @@ class Avoid:
             forbidden = dict.fromkeys(BEGINS[self.state], following) | self._ends(self.state)
             for token in self.spelling.rest:
                 way, letters, _, odd = look(part + self.spelling.bytes[token])
-                if odd or (letters or way == MARKED and self.state == INSIDE) and any(word.startswith(letters) for word in forbidden.get(way, ())):
+                if (
+                    odd
+                    or (letters or way == MARKED and self.state == INSIDE)
+                    and any(word.startswith(letters) for word in forbidden.get(way, ()))
+                ):
                     banned.add(token)
         return list(banned)
 
@@ -508,12 +635,16 @@ def main() -> None:
     folder = folder_of(config.dataset)
     index = Index.open(folder)
     if not config.text and not config.file:
-        print(f'{folder}: {len(index.words) - index.starts[1]:,} words, {len(index.ids) - 1:,} different, in {len(index.songs):,} documents')
+        print(
+            f'{folder}: {len(index.words) - index.starts[1]:,} words, {len(index.ids) - 1:,} different, in {len(index.songs):,} documents'
+        )
         return
     result = index.compare(text, config.n)
     print(result)
     for found in result.runs:
-        print(f'  {found["words"]} words from "{found["song"]}": {brief(text[found["start"] : found["end"]], 400)}')
+        print(
+            f'  {found["words"]} words from "{found["song"]}": {brief(text[found["start"] : found["end"]], 400)}'
+        )
 
 
 if __name__ == '__main__':

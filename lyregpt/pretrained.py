@@ -11,7 +11,12 @@ import torch
 from model import GPT, GPTConfig
 
 GPT2_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-WEIGHT_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+WEIGHT_FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
 # Our names, and Hugging Face's in Qwen3, where our fused matrices stand apart; GPT-2's are our own, its matrices transposed
 QWEN3_NAMES = {
     'wte': ('embed_tokens',),
@@ -69,13 +74,27 @@ def from_pretrained(source: str, dropout: float = 0.0) -> GPT:
         kind, shape = hf.get('model_type'), _shape_of(hf)
         where, weights = _open_weights(folder, kind)
         if shape['n_layer'] > len(weights):
-            raise Foreign(f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only')
+            raise Foreign(
+                f'{shape["n_layer"]} layers, but {where} holds {len(weights)} tensors only'
+            )
         with torch.device('meta'):
             model = GPT(GPTConfig(dropout=dropout, **shape))
     except (Foreign, BadWeights) as error:
-        raise ValueError(str(error) if isinstance(error, BadWeights) else f'{path}: {error}') from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f'{path}: not the description of a GPT-2 or Qwen3 ({type(error).__name__}: {str(error)[:100]})') from None
+        raise ValueError(
+            str(error) if isinstance(error, BadWeights) else f'{path}: {error}'
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise ValueError(
+            f'{path}: not the description of a GPT-2 or Qwen3 ({type(error).__name__}: {str(error)[:100]})'
+        ) from None
     own = model.state_dict()
     if model.config.tie_weights:  # one matrix: either name brings it
         del own['lm_head.weight']
@@ -89,7 +108,9 @@ def from_pretrained(source: str, dropout: float = 0.0) -> GPT:
                 raise ValueError(f'{where}: lacks {n}')
             (found, one), wanted = weights.pop(n), (rows, *p.shape[1:])
             if found != (wanted[::-1] if kind == 'gpt2' and is_conv1d(name) else wanted):
-                raise ValueError(f'{where}: {n} is {found}, which does not fit the model of this config.json')
+                raise ValueError(
+                    f'{where}: {n} is {found}, which does not fit the model of this config.json'
+                )
             read.setdefault(name, []).append(one)
     if weights:
         raise ValueError(f'{where}: {min(weights)} has no place in the model of this config.json')
@@ -106,7 +127,9 @@ def from_pretrained(source: str, dropout: float = 0.0) -> GPT:
 
 def is_pretrained(source: str) -> bool:
     """Is this one of GPT-2's names, or a Hugging Face folder (not a checkpoint of ours)?"""
-    if source in GPT2_NAMES or any(os.path.exists(os.path.join(source, name)) for name in WEIGHT_FILES):
+    if source in GPT2_NAMES or any(
+        os.path.exists(os.path.join(source, name)) for name in WEIGHT_FILES
+    ):
         return True
     try:
         with open(os.path.join(source, 'config.json'), encoding='utf-8') as f:
@@ -128,20 +151,32 @@ def _shape_of(hf: dict[str, Any]) -> dict[str, Any]:
     kind = hf.get('model_type')
     if kind not in EXACTLY:
         raise Foreign(f'model_type is {kind!r}, expected gpt2 or qwen3')
-    rope = dict(hf.get('rope_parameters') or {})  # since transformers 5; before, theta stood by itself
+    rope = dict(
+        hf.get('rope_parameters') or {}
+    )  # since transformers 5; before, theta stood by itself
     theta = rope.pop('rope_theta', hf.get('rope_theta', 10000.0))
     scaling = hf.get('rope_scaling') or rope
-    plain = scaling.get('rope_type', scaling.get('type', 'default')) == 'default' and scaling.get('partial_rotary_factor', 1) == 1
+    plain = (
+        scaling.get('rope_type', scaling.get('type', 'default')) == 'default'
+        and scaling.get('partial_rotary_factor', 1) == 1
+    )
     found = hf | {'rope_scaling': None if plain else scaling}
     for key, values in EXACTLY[kind].items():
         if found.get(key, values[0]) not in values:
-            raise Foreign(f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}')
+            raise Foreign(
+                f'{key}={found[key]} cannot be computed here, expected {" or ".join(map(str, values))}'
+            )
     if kind == 'gpt2':
         shape = {key: hf[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
         shape |= {'arch': 'gpt2', 'block_size': hf['n_positions'], 'n_ff': hf.get('n_inner')}
     else:
         shape = {own: hf[key] for key, own in QWEN3_SHAPE.items() if key != 'head_dim'}
-        shape |= {'arch': 'modern', 'vocab_size': hf['vocab_size'], 'head_dim': hf.get('head_dim', 128), 'rope_theta': float(theta)}
+        shape |= {
+            'arch': 'modern',
+            'vocab_size': hf['vocab_size'],
+            'head_dim': hf.get('head_dim', 128),
+            'rope_theta': float(theta),
+        }
     return shape | {'tie_weights': bool(hf.get('tie_word_embeddings', kind == 'gpt2'))}
 
 
@@ -159,7 +194,10 @@ def hf_names(name: str, kind: str) -> list[str]:
 def hf_rows(config: GPTConfig, rows: int, names: Sequence[str]) -> list[int]:
     """How many rows of one of our matrices belong to each of Hugging Face's `names`."""
     if len(names) == 3:  # q, k, v
-        return [heads * (config.head_dim or 0) for heads in (config.n_head, config.n_kv_head or 0, config.n_kv_head or 0)]
+        return [
+            heads * (config.head_dim or 0)
+            for heads in (config.n_head, config.n_kv_head or 0, config.n_kv_head or 0)
+        ]
     return [rows // len(names)] * len(names)
 
 
@@ -168,7 +206,9 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
 
 
-def _open_weights(folder: str, kind: str) -> tuple[str, dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]]:
+def _open_weights(
+    folder: str, kind: str
+) -> tuple[str, dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]]:
     """(path, {name: (shape, what reads it)}) of a Hugging Face folder's weights. Raises BadWeights if they are not there or damaged."""
     path = next((p for n in WEIGHT_FILES if os.path.exists(p := os.path.join(folder, n))), '')
     if not path:
@@ -181,7 +221,9 @@ def _open_weights(folder: str, kind: str) -> tuple[str, dict[str, tuple[tuple[in
                 files = sorted(set(json.load(f)['weight_map'].values()))
         for name in files:
             if name.endswith('.bin'):
-                found = torch.load(os.path.join(folder, name), map_location='cpu', weights_only=True)
+                found = torch.load(
+                    os.path.join(folder, name), map_location='cpu', weights_only=True
+                )
                 if not all(isinstance(key, str) for key in found):
                     raise TypeError('its names are no text')
                 weights |= {key: (tuple(w.shape), w.clone) for key, w in found.items()}
@@ -189,12 +231,27 @@ def _open_weights(folder: str, kind: str) -> tuple[str, dict[str, tuple[tuple[in
                 from safetensors import safe_open
 
                 file = safe_open(os.path.join(folder, name), 'pt')
-                weights |= {key: (tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)) for key in file.keys()}
+                weights |= {
+                    key: (
+                        tuple(file.get_slice(key).get_shape()),
+                        functools.partial(file.get_tensor, key),
+                    )
+                    for key in file.keys()
+                }
     except Exception as error:  # a damaged file can fail anywhere in the readers
-        raise BadWeights(f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})') from None
-    if kind == 'gpt2':  # files of the bare model lack the prefix, and old ones carry the causal mask
-        weights = {n if n == 'lm_head.weight' else 'transformer.' + n.removeprefix('transformer.'): w for n, w in weights.items()}
-        weights = {n: w for n, w in weights.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))}
+        raise BadWeights(
+            f'{path}: damaged, or more than weights ({type(error).__name__}: {str(error)[:100]})'
+        ) from None
+    if (
+        kind == 'gpt2'
+    ):  # files of the bare model lack the prefix, and old ones carry the causal mask
+        weights = {
+            n if n == 'lm_head.weight' else 'transformer.' + n.removeprefix('transformer.'): w
+            for n, w in weights.items()
+        }
+        weights = {
+            n: w for n, w in weights.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))
+        }
     return path, weights
 
 
@@ -204,8 +261,12 @@ def _download_gpt2(name: str) -> str:
     if name not in GPT2_NAMES:
         raise ValueError(f'{name}: neither a folder nor one of {", ".join(GPT2_NAMES)}')
     try:
-        return snapshot_download(f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors'])
-    except Exception as error:  # the hub's client raises many kinds; each means that there are no weights
+        return snapshot_download(
+            f'openai-community/{name}', allow_patterns=['config.json', 'model.safetensors']
+        )
+    except (
+        Exception
+    ) as error:  # the hub's client raises many kinds; each means that there are no weights
         raise ValueError(
             f'{name}: the weights could not be fetched ({type(error).__name__}); connect once, or name a local folder '
             'with config.json and model.safetensors'

@@ -35,8 +35,27 @@ from lyregpt.dataset import write_whole
 from lyregpt.tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces
-FIXED = {'out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize', 'compile', 'json', 'interactive', 'num_samples', 'start', 'dataset'}
-HARMLESS = {'artist', 'album', 'title', 'seed', 'max_new_tokens'}  # what they change is not how the present text goes on
+FIXED = {
+    'out_dir',
+    'init_from',
+    'device',
+    'dtype',
+    'threads',
+    'quantize',
+    'compile',
+    'json',
+    'interactive',
+    'num_samples',
+    'start',
+    'dataset',
+}
+HARMLESS = {
+    'artist',
+    'album',
+    'title',
+    'seed',
+    'max_new_tokens',
+}  # what they change is not how the present text goes on
 
 
 @dataclass
@@ -45,7 +64,9 @@ class Text:
 
     config: Any  # every knob, as it began
     prompt: str
-    ids: list[int]  # of prompt and text: what text cannot tell, half a character or a document end, is in them
+    ids: list[
+        int
+    ]  # of prompt and text: what text cannot tell, half a character or a document end, is in them
     decode: Callable[[int | None], str]
     seeds: list[int]  # one, and one more for each time that it went on under other knobs
     written: str = ''
@@ -62,19 +83,45 @@ class Session:
     """What is typed, one line after another. `begin(config, text=None, ids=None)` gives a prompt, its ids and those that continue
     it (sample.py), `training()` the index of the training split (lyregpt/originality.py)."""
 
-    def __init__(self, config: Any, tokenizer: Tokenizer, begin: Callable[..., tuple[str, list[int], Iterator[Any]]], training: Any = None):
-        self.config, self.tokenizer, self.begin, self.training = replace(config, num_samples=1), tokenizer, begin, training
-        self.kinds = {name: kind for name, kind in typing.get_type_hints(type(config)).items() if name not in FIXED}
-        self.comments = dict(re.findall(r'^  --(\w+)=.*?  +(.*)$', help_text(type(config)), re.MULTILINE))
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Tokenizer,
+        begin: Callable[..., tuple[str, list[int], Iterator[Any]]],
+        training: Any = None,
+    ):
+        self.config, self.tokenizer, self.begin, self.training = (
+            replace(config, num_samples=1),
+            tokenizer,
+            begin,
+            training,
+        )
+        self.kinds = {
+            name: kind
+            for name, kind in typing.get_type_hints(type(config)).items()
+            if name not in FIXED
+        }
+        self.comments = dict(
+            re.findall(r'^  --(\w+)=.*?  +(.*)$', help_text(type(config)), re.MULTILINE)
+        )
         self.texts: list[Text] = []
         self.text: Text | None = None  # the one that /more, /again and /save are about
-        self.tokens: Iterator[int] | None = None  # the rest of it, still to be written; None: to be begun anew from what it says
+        self.tokens: Iterator[int] | None = (
+            None  # the rest of it, still to be written; None: to be begun anew from what it says
+        )
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb_terminal()
-        self.editor = line_editor({c: what for c, (_, what) in COMMANDS.items()} | self.comments, self.kinds) if self.terminal else None
+        self.editor = (
+            line_editor({c: what for c, (_, what) in COMMANDS.items()} | self.comments, self.kinds)
+            if self.terminal
+            else None
+        )
 
     def run(self) -> None:
         """Ask for lines until there are no more."""
-        self.say('Type the start of a text, or nothing, then Enter. Ctrl-C stops a text, Ctrl-D ends, /help tells more.', 'dim')
+        self.say(
+            'Type the start of a text, or nothing, then Enter. Ctrl-C stops a text, Ctrl-D ends, /help tells more.',
+            'dim',
+        )
         first = [self.config.start] if self.config.start else []
         while True:
             try:
@@ -107,7 +154,10 @@ class Session:
         """Tell something that is not a text, broken between words where the terminal is narrow."""
         if not self.terminal:
             return print(text, file=sys.stderr, flush=True)
-        print_formatted_text(FormattedText([(style, textwrap.fill(text, self.width(), break_on_hyphens=False))]), file=sys.stderr)
+        print_formatted_text(
+            FormattedText([(style, textwrap.fill(text, self.width(), break_on_hyphens=False))]),
+            file=sys.stderr,
+        )
 
     def width(self) -> int:
         """Columns of the terminal; as good as without end where there is none."""
@@ -157,23 +207,36 @@ class Session:
         began, count = time.perf_counter(), 0
         try:
             with silent_keys() if self.terminal else contextlib.nullcontext():
-                for token in itertools.islice(typing.cast(Iterator[int], self.tokens), self.config.max_new_tokens):
+                for token in itertools.islice(
+                    typing.cast(Iterator[int], self.tokens), self.config.max_new_tokens
+                ):
                     piece = text.decode(token)
                     text.ids.append(token)
                     print(piece, end='', flush=True)
-                    text.written, text.tokens, count = text.written + piece, text.tokens + 1, count + 1
+                    text.written, text.tokens, count = (
+                        text.written + piece,
+                        text.tokens + 1,
+                        count + 1,
+                    )
                     if stops:
                         break
         finally:
             signal.signal(signal.SIGINT, before)
         rate = count / (time.perf_counter() - began)
         text.ended = not stops and count < self.config.max_new_tokens
-        if text.ended:  # within a character, perhaps; one that pauses there gets the rest of it by /more
+        if (
+            text.ended
+        ):  # within a character, perhaps; one that pauses there gets the rest of it by /more
             print(piece := text.decode(None), end='', flush=True)
             text.written += piece
         how = 'the song ended' if text.ended else 'stopped' if stops else 'paused, /more goes on'
-        print('' if text.whole.endswith('\n') else '\n', end='\n' if self.terminal else '', flush=True)
-        self.say(f'{how}; {text.tokens:,} tokens, {rate:,.0f} tokens/s, seed {" + ".join(map(str, text.seeds))}', 'dim')
+        print(
+            '' if text.whole.endswith('\n') else '\n', end='\n' if self.terminal else '', flush=True
+        )
+        self.say(
+            f'{how}; {text.tokens:,} tokens, {rate:,.0f} tokens/s, seed {" + ".join(map(str, text.seeds))}',
+            'dim',
+        )
         if self.config.originality and self.training:
             self.say(str(self.training().compare(text.whole, since=len(text.prompt))), 'dim')
 
@@ -194,7 +257,9 @@ class Session:
         """go on where it stopped"""
         text = self.present()
         if text.ended and self.config.stop_at_end:
-            raise UserError('the song has ended: /again writes another (or /set stop_at_end=False, then /more)')
+            raise UserError(
+                'the song has ended: /again writes another (or /set stop_at_end=False, then /more)'
+            )
         if self.tokens is None:  # written under other knobs: these read what it says so far
             seed = self.config.seed
             self.tokens = self.stream(self.config, text.whole, list(text.ids))[2]
@@ -207,17 +272,26 @@ class Session:
         self.present()
         if not number:
             for n, text in enumerate(self.texts, 1):
-                words = re.sub(r'^(Artist|Album|Year): .*\n|\[.*\]\n|^Title: ', '', text.whole, flags=re.MULTILINE)
+                words = re.sub(
+                    r'^(Artist|Album|Year): .*\n|\[.*\]\n|^Title: ',
+                    '',
+                    text.whole,
+                    flags=re.MULTILINE,
+                )
                 line = f'{"*" if text is self.text else " "} {n:2}  {re.sub(chr(10) + "+", " / ", words)}'
                 self.say(cut(line, self.width()))
             return
         if not number.isdecimal() or not 1 <= int(number) <= len(self.texts):
-            raise UserError(f'/texts {number}: expected a number from 1 to {len(self.texts)}; /texts lists them')
+            raise UserError(
+                f'/texts {number}: expected a number from 1 to {len(self.texts)}; /texts lists them'
+            )
         if self.text is not self.texts[int(number) - 1]:
             self.text, self.tokens = self.texts[int(number) - 1], None
             self.config = replace(self.text.config, seed=self.config.seed)
         print(self.text.whole.rstrip('\n'), flush=True)
-        self.say(f'text {number} of {len(self.texts)}, and its knobs, for /more, /again and /save', 'dim')
+        self.say(
+            f'text {number} of {len(self.texts)}, and its knobs, for /more, /again and /save', 'dim'
+        )
 
     def do_save(self, path: str) -> None:
         """[FILE] keep it: song-1.txt, …"""
@@ -225,7 +299,9 @@ class Session:
         free = next(name for n in itertools.count(1) if not os.path.exists(name := f'song-{n}.txt'))
         path = os.path.expanduser(path) or free
         if os.path.exists(path):
-            raise UserError(f'{path} exists and stays as it is: name another, or /save alone for {free}')
+            raise UserError(
+                f'{path} exists and stays as it is: name another, or /save alone for {free}'
+            )
         try:
             write_whole(path, (text.whole.rstrip('\n') + '\n').encode('utf-8', 'replace'))
         except OSError as error:
@@ -237,9 +313,15 @@ class Session:
         for field in dataclasses.fields(self.config):
             if field.name in self.kinds:
                 value = getattr(self.config, field.name)
-                star, usual = ('*', f' (default {field.default!r})') if value != field.default else (' ', '')
+                star, usual = (
+                    ('*', f' (default {field.default!r})') if value != field.default else (' ', '')
+                )
                 line = f'{star} {field.name:<18} {value!r}{usual}'
-                self.say(cut(f'{line:<41}  {self.comments[field.name]}', self.width()) if self.width() >= 80 else line)
+                self.say(
+                    cut(f'{line:<41}  {self.comments[field.name]}', self.width())
+                    if self.width() >= 80
+                    else line
+                )
 
     def do_set(self, words: str) -> None:
         """KNOB=… change one; also /KNOB …"""
@@ -250,17 +332,24 @@ class Session:
         before = getattr(self.config, name)
         if not equals and not value:
             return self.say(f'{name}={before!r}: {self.comments[name]}')
-        if value[:1] in ('"', "'") and value[1:].endswith(value[0]):  # as one would write it in a shell
+        if value[:1] in ('"', "'") and value[1:].endswith(
+            value[0]
+        ):  # as one would write it in a shell
             value = value[1:-1]
         self.config = replace(self.config, **{name: convert(name, self.kinds[name], value)})
-        self.tokens = self.tokens if name in HARMLESS or getattr(self.config, name) == before else None
+        self.tokens = (
+            self.tokens if name in HARMLESS or getattr(self.config, name) == before else None
+        )
         self.say(f'{name}={getattr(self.config, name)!r} (was {before!r})', 'dim')
 
     def do_help(self, _: str) -> None:
         """this list"""
         for name, (more, what) in COMMANDS.items():
             self.say(f'/{name} {more}'.ljust(13) + what)
-        self.say('A backslash at the end, or Alt+Enter: another line. FILE:prompt.txt begins with what is in that file. Tab completes.', 'dim')
+        self.say(
+            'A backslash at the end, or Alt+Enter: another line. FILE:prompt.txt begins with what is in that file. Tab completes.',
+            'dim',
+        )
 
     def do_quit(self, _: str) -> None:
         """the end, as Ctrl-D"""
@@ -305,7 +394,12 @@ def line_editor(names: dict[str, str], knobs: Container[str]) -> PromptSession:
             if found := re.fullmatch(r'/(set +)?(\w*)', document.text_before_cursor):
                 for name, meaning in names.items():
                     if name.startswith(found[2]) and (not found[1] or name in knobs):
-                        yield Completion(name + '=' * bool(found[1]), -len(found[2]), display=name, display_meta=meaning)
+                        yield Completion(
+                            name + '=' * bool(found[1]),
+                            -len(found[2]),
+                            display=name,
+                            display_meta=meaning,
+                        )
 
     class History(FileHistory):
         def store_string(self, string: str) -> None:
@@ -328,7 +422,9 @@ def line_editor(names: dict[str, str], knobs: Container[str]) -> PromptSession:
         event.current_buffer.newline(copy_margin=False)
 
     history: InMemoryHistory | History = InMemoryHistory()
-    path = os.path.expanduser(os.environ.get('LYREGPT_HISTORY', os.path.join('~', '.lyregpt_history')))
+    path = os.path.expanduser(
+        os.environ.get('LYREGPT_HISTORY', os.path.join('~', '.lyregpt_history'))
+    )
     with contextlib.suppress(OSError):
         if path:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # what one types is one's own

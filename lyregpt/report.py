@@ -27,7 +27,18 @@ import numpy as np
 from configurator import UserError, configure, run
 from lyregpt.dataset import write_whole
 
-METRICS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu')
+METRICS = (
+    'step',
+    'tokens',
+    'seconds',
+    'train_loss',
+    'val_loss',
+    'val_bpb',
+    'lr',
+    'grad_norm',
+    'tokens_per_second',
+    'mfu',
+)
 Row = dict[str, float | None]  # of metrics.csv; None: a field without a figure
 
 
@@ -71,7 +82,11 @@ class Run:
 
     def median(self, column: str) -> float | None:
         """The median of a column of metrics.csv; None if it is empty."""
-        return statistics.median(values) if (values := [v for r in self.rows if (v := r[column]) is not None]) else None
+        return (
+            statistics.median(values)
+            if (values := [v for r in self.rows if (v := r[column]) is not None])
+            else None
+        )
 
     def seconds(self) -> dict[str, float]:
         """Where the time went, over all starts of the run."""
@@ -106,9 +121,17 @@ def number(value: Any) -> float | None:
 
 def read_rows(out_dir: str) -> list[Row]:
     """The rows of metrics.csv; a row half-written is left out. Raises OSError."""
-    with open(os.path.join(out_dir, 'metrics.csv'), encoding='utf-8', errors='replace', newline='') as f:
-        lines = (line for line in f if len(line) < 10_000 and '\0' not in line)  # a power cut may leave zeros
-        rows = [row for row in csv.DictReader(lines) if (row.get('step') or '').isdigit() and row.get('mfu') is not None]
+    with open(
+        os.path.join(out_dir, 'metrics.csv'), encoding='utf-8', errors='replace', newline=''
+    ) as f:
+        lines = (
+            line for line in f if len(line) < 10_000 and '\0' not in line
+        )  # a power cut may leave zeros
+        rows = [
+            row
+            for row in csv.DictReader(lines)
+            if (row.get('step') or '').isdigit() and row.get('mfu') is not None
+        ]
     return [{key: number(row.get(key)) for key in METRICS} for row in rows]
 
 
@@ -122,11 +145,21 @@ def read_samples(out_dir: str, most_bytes: int = 1_000_000) -> list[dict[str, An
         return []
     found, seen, log = [], 0, log.replace('\r\n', '\n')
     for head in re.finditer(r'^--- sample(?: of (\d{1,6}) lines?)?\n', log, re.MULTILINE):
-        lines = f'{{{head[1]}}}' if head[1] else '+?'  # older logs do not tell how many: up to the first line that looks like the end
-        sample = re.compile(rf'((?:.*\n){lines})---(?: (.*))?$', re.MULTILINE).match(log, head.end())
+        lines = (
+            f'{{{head[1]}}}' if head[1] else '+?'
+        )  # older logs do not tell how many: up to the first line that looks like the end
+        sample = re.compile(rf'((?:.*\n){lines})---(?: (.*))?$', re.MULTILINE).match(
+            log, head.end()
+        )
         if sample and head.start() >= seen:
             steps = re.findall(r'^step ([\d,]+)[:/]', log[seen : head.start()], re.MULTILINE)
-            found.append({'step': int(steps[-1].replace(',', '')) if steps else None, 'text': sample[1][:-1], 'remark': sample[2] or ''})
+            found.append(
+                {
+                    'step': int(steps[-1].replace(',', '')) if steps else None,
+                    'text': sample[1][:-1],
+                    'remark': sample[2] or '',
+                }
+            )
             seen = sample.end()
     return found
 
@@ -139,7 +172,9 @@ def read_sessions(out_dir: str) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     parts = {'environment', 'model', 'data', 'seconds', 'memory'}
-    whole = isinstance(found, list) and all(isinstance(s, dict) and all(isinstance(s.get(p, {}), dict) for p in parts) for s in found)
+    whole = isinstance(found, list) and all(
+        isinstance(s, dict) and all(isinstance(s.get(p, {}), dict) for p in parts) for s in found
+    )
     return found if whole else []
 
 
@@ -150,17 +185,29 @@ def read_run(out_dir: str) -> Run:
     try:
         rows = read_rows(out_dir)
     except OSError as error:
-        raise UserError(f'{out_dir}: no metrics.csv to tell of ({error.strerror}); train.py writes one, nanoGPT does not') from None
+        raise UserError(
+            f'{out_dir}: no metrics.csv to tell of ({error.strerror}); train.py writes one, nanoGPT does not'
+        ) from None
     if not rows:
-        raise UserError(f'{out_dir}/metrics.csv: holds no figures yet; a run writes its first after --log_interval steps')
+        raise UserError(
+            f'{out_dir}/metrics.csv: holds no figures yet; a run writes its first after --log_interval steps'
+        )
     try:
         with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as f:
             config = json.load(f)
     except (OSError, ValueError):
         config = {}
     if isinstance(config, dict) and 'label_smoothing' in config:
-        raise UserError(f'{out_dir}: a run of examples/seq2seq/train_seq2seq.py, an encoder–decoder; only runs of train.py are told of here')
-    return Run(out_dir, rows, config if isinstance(config, dict) else {}, read_sessions(out_dir), read_samples(out_dir))
+        raise UserError(
+            f'{out_dir}: a run of examples/seq2seq/train_seq2seq.py, an encoder–decoder; only runs of train.py are told of here'
+        )
+    return Run(
+        out_dir,
+        rows,
+        config if isinstance(config, dict) else {},
+        read_sessions(out_dir),
+        read_samples(out_dir),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -187,7 +234,14 @@ def command(run: Run) -> str:
 
 def knobs(**values: Any) -> str:
     """Knobs as they are typed, marked as code."""
-    return '`' + ' '.join(f'--{name}={value:.4g}' if isinstance(value, float) else f'--{name}={value}' for name, value in values.items()) + '`'
+    return (
+        '`'
+        + ' '.join(
+            f'--{name}={value:.4g}' if isinstance(value, float) else f'--{name}={value}'
+            for name, value in values.items()
+        )
+        + '`'
+    )
 
 
 def knob(run: Run, name: str, default: float = 0.0) -> float:
@@ -203,33 +257,60 @@ def known(run: Run, *names: str) -> bool:
 def goes_on(run: Run) -> str:
     """What to do with a run that has not come to its end; '' if it has."""
     end, most = run.fact('end'), knob(run, 'max_iters')
-    if not str(end).startswith('stopped by ') if end else not run.sessions and run.steps >= most:  # a run that is killed tells no end
+    if (
+        not str(end).startswith('stopped by ') if end else not run.sessions and run.steps >= most
+    ):  # a run that is killed tells no end
         return ''
     resume = shlex.join(['python', 'train.py', f'--out_dir={run.out_dir}', '--init_from=resume'])
-    so_far = f' ({run.steps:,} of {most:,.0f} steps)' if most and not knob(run, 'max_minutes') else ''
+    so_far = (
+        f' ({run.steps:,} of {most:,.0f} steps)' if most and not knob(run, 'max_minutes') else ''
+    )
     return f'It has not come to its end{so_far}: let it go on; if it was stopped, this resumes it: `{resume}`.'
 
 
 def is_tuned(run: Run) -> bool:
     """Did it begin from weights that had been trained before?"""
-    return (run.fact('began_from') or run.config.get('init_from')) not in ('scratch', 'resume', None)
+    return (run.fact('began_from') or run.config.get('init_from')) not in (
+        'scratch',
+        'resume',
+        None,
+    )
 
 
 def trouble(run: Run) -> list[Hint]:
     """Is the learning rate too high? NaN; jumps of the loss; gradients far longer than what is let through."""
     clip, rate, end = knob(run, 'grad_clip'), knob(run, 'learning_rate'), str(run.fact('end') or '')
     losses = [(int(r['step'] or 0), r['train_loss'] or 0.0) for r in run.training]
-    before = [statistics.median([loss for _, loss in losses[max(0, i - 5) : i]] or [math.inf]) for i in range(len(losses))]
-    jumps = [(step, was, loss) for (step, loss), was in zip(losses, before) if loss > max(1.15 * was, was + 0.3)]
-    norms = [n for r in run.training if (n := r['grad_norm']) is not None and (r['step'] or 0) > knob(run, 'warmup_iters')]
+    before = [
+        statistics.median([loss for _, loss in losses[max(0, i - 5) : i]] or [math.inf])
+        for i in range(len(losses))
+    ]
+    jumps = [
+        (step, was, loss)
+        for (step, loss), was in zip(losses, before)
+        if loss > max(1.15 * was, was + 0.3)
+    ]
+    norms = [
+        n
+        for r in run.training
+        if (n := r['grad_norm']) is not None and (r['step'] or 0) > knob(run, 'warmup_iters')
+    ]
     clipped = sum(n > 3 * clip for n in norms) / len(norms) if norms and clip else 0.0
     shows = [f'{end[0].upper()}{end[1:]}.'] if 'NaN' in end else []
     if len(jumps) > 1:
         step, was, loss = max(jumps, key=lambda jump: jump[2] - jump[1])
-        shows.append(f'The training loss jumped {len(jumps)} times, the most at step {step:,}, from {was:.2f} to {loss:.2f}.')
+        shows.append(
+            f'The training loss jumped {len(jumps)} times, the most at step {step:,}, from {was:.2f} to {loss:.2f}.'
+        )
     if clipped > 0.5:
-        shows.append(f'After the warm-up the gradient was more than 3 times longer than grad_clip={clip:g} in {clipped:.0%} of the log lines.')
-    return [(' '.join(shows), f'A lower learning rate: {knobs(learning_rate=rate / 3)}.')] if shows and rate else []
+        shows.append(
+            f'After the warm-up the gradient was more than 3 times longer than grad_clip={clip:g} in {clipped:.0%} of the log lines.'
+        )
+    return (
+        [(' '.join(shows), f'A lower learning rate: {knobs(learning_rate=rate / 3)}.')]
+        if shows and rate
+        else []
+    )
 
 
 def verdict(run: Run) -> tuple[str, list[Hint]]:
@@ -237,11 +318,19 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
 
     They are looked at at the end, over the last third of the steps, and over the last doubling of the steps.
     """
-    steps, val, train = run.steps, run.evaluations[-1]['val_loss'] if run.evaluations else None, run.train_at(run.steps)
+    steps, val, train = (
+        run.steps,
+        run.evaluations[-1]['val_loss'] if run.evaluations else None,
+        run.train_at(run.steps),
+    )
     if len(run.evaluations) < 3:
         shows = f'{len(run.evaluations)} evaluation{"s" * (len(run.evaluations) != 1)}: too few to see whether it learns more than its text by heart.'
         often = max(1, steps // 10)
-        way = goes_on(run) or (f'Evaluate more often: {knobs(eval_interval=often)}.' if often != knob(run, 'eval_interval') else '')
+        way = goes_on(run) or (
+            f'Evaluate more often: {knobs(eval_interval=often)}.'
+            if often != knob(run, 'eval_interval')
+            else ''
+        )
         return '', [(shows, way)] if way else []
     if val is None or train is None or not run.best:
         return '', []
@@ -249,7 +338,11 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
     val_fell, train_fell = (run.val_at(third) or val) - val, (run.train_at(third) or train) - train
     half = run.val_at(steps / 2)
     doubling = val if half is None else half - val
-    if (rose := val > 1.01 * low and val > train < (run.train_at(at) or 0)) or val - train > 0.05 * val and val_fell < 0.2 * train_fell > 0.004 * train:
+    if (
+        (rose := val > 1.01 * low and val > train < (run.train_at(at) or 0))
+        or val - train > 0.05 * val
+        and val_fell < 0.2 * train_fell > 0.004 * train
+    ):
         shows = (
             f'The validation loss was lowest at step {at:,} ({low:.3f}) and rose to {val:.3f} at step {steps:,}, while the training loss fell from '
             f'{run.train_at(at):.3f} to {train:.3f}: it learns its text by heart (overfitting). best.pt keeps the weights of step {at:,}.'
@@ -266,11 +359,15 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
             ways.append(f'a smaller model, {knobs(n_layer=int(knob(run, "n_layer")) // 2)}')
         return 'by heart', [(shows, '; or '.join(ways) + '.')]
     first = run.training[0]['train_loss'] or 0.0
-    if doubling > min(0.02 * val, 0.2 * (first - train)):  # the second, because a slow run has not fallen far
+    if doubling > min(
+        0.02 * val, 0.2 * (first - train)
+    ):  # the second, because a slow run has not fallen far
         shows = f'The validation loss still falls: the last doubling of the steps, to {steps:,}, brought {doubling:.3f} ({val + doubling:.3f} to {val:.3f}).'
         if rest := goes_on(run):
             return 'too short', [(shows, rest)]
-        if str(run.fact('end')).startswith('stopped:'):  # by what it was asked to stop at, not for want of steps
+        if str(run.fact('end')).startswith(
+            'stopped:'
+        ):  # by what it was asked to stop at, not for want of steps
             return 'too short', []
         minutes = knob(run, 'max_minutes')
         longer = {'max_minutes': 2 * minutes} if minutes else {'max_iters': 2 * steps}
@@ -279,15 +376,30 @@ def verdict(run: Run) -> tuple[str, list[Hint]]:
         way = f'It was too short: train longer, {knobs(**longer)}'
         if (middle := run.train_at(steps / 2)) and middle - train > 0.5 * (first - middle):
             shows += f' The training loss fell by {first - middle:.2f} in the first half and by {middle - train:.2f} in the second: it learns slowly.'
-            way += f'; or faster, {knobs(learning_rate=3 * rate)}' if (rate := knob(run, 'learning_rate')) else ''
+            way += (
+                f'; or faster, {knobs(learning_rate=3 * rate)}'
+                if (rate := knob(run, 'learning_rate'))
+                else ''
+            )
         return 'too short', [(shows, way + '.')]
     if abs(val - train) < 0.03 * val and half is not None:
         shows = (
             f'Both losses hardly move any more, close together (training {train:.3f}, validation {val:.3f}); the last doubling of the steps brought '
             f'{doubling:.3f}: the model holds what it can hold (it is too small).'
         )
-        wider = {name: 2 * int(knob(run, name)) for name in ('n_head', 'n_embd') if known(run, 'n_head', 'n_embd')}
-        return 'too small', [(shows, 'Begin from a larger model.' if is_tuned(run) else f'A larger model{f": {knobs(**wider)}" if wider else ""}.')]
+        wider = {
+            name: 2 * int(knob(run, name))
+            for name in ('n_head', 'n_embd')
+            if known(run, 'n_head', 'n_embd')
+        }
+        return 'too small', [
+            (
+                shows,
+                'Begin from a larger model.'
+                if is_tuned(run)
+                else f'A larger model{f": {knobs(**wider)}" if wider else ""}.',
+            )
+        ]
     return '', []
 
 
@@ -301,105 +413,226 @@ def size_and_words(run: Run, shape: str) -> list[Hint]:
     if (epochs > 4 or wanted > 4 * words) and each < 20 and shape != 'too small':
         shows = f'It read its {words:,.0f} tokens {epochs:.1f} times, {each:.2g} tokens a parameter. About 20 a parameter are best (Hoffmann et al. 2022), '
         shows += 'and up to 4 readings count nearly as new words (Muennighoff et al. 2023).'
-        return [(shows, f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.')]
-    if each < 10 and shape != 'by heart' and not run.config.get('max_minutes') and run.fact('end') in ('done', None) and not goes_on(run):
+        return [
+            (
+                shows,
+                f'More words: {wanted / 4:,.0f} tokens would suit {parameters:,.0f} parameters.',
+            )
+        ]
+    if (
+        each < 10
+        and shape != 'by heart'
+        and not run.config.get('max_minutes')
+        and run.fact('end') in ('done', None)
+        and not goes_on(run)
+    ):
         shows = f'It read {each:.2g} tokens a parameter; about 20 are best for a budget of computing (Hoffmann et al. 2022).'
-        return [(shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}.')]
+        return [
+            (shows, f'More steps: {knobs(max_iters=math.ceil(wanted / run.tokens * run.steps))}.')
+        ]
     return []
 
 
 def upkeep(run: Run) -> list[Hint]:
     """Is there enough to judge by, and is the machine put to use?"""
     found: list[Hint] = []
-    read, windows, held = (run.figure('data', f'validation {name}') for name in ('windows read', 'windows', 'tokens'))
+    read, windows, held = (
+        run.figure('data', f'validation {name}') for name in ('windows read', 'windows', 'tokens')
+    )
     if read and windows and held and (judged := held * read / windows) < 10_000:
-        way = f'Read all of it: {knobs(eval_iters=None)}.' if read < windows else 'Prepare the dataset with a larger --val_fraction.'
-        found.append((f'The validation loss is the mean over {judged:,.0f} tokens; below 10,000, differences of a percent may be chance.', way))
+        way = (
+            f'Read all of it: {knobs(eval_iters=None)}.'
+            if read < windows
+            else 'Prepare the dataset with a larger --val_fraction.'
+        )
+        found.append(
+            (
+                f'The validation loss is the mean over {judged:,.0f} tokens; below 10,000, differences of a percent may be chance.',
+                way,
+            )
+        )
     seconds, mfu = run.seconds(), run.median('mfu')
     total = sum(seconds.values())
     if total > 60 and seconds.get('evaluation', 0.0) > 0.2 * total:
-        way = f': {knobs(eval_interval=2 * int(knob(run, "eval_interval")))}' if known(run, 'eval_interval') else ''
-        found.append((f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.', f'Evaluate less often{way}.'))
+        way = (
+            f': {knobs(eval_interval=2 * int(knob(run, "eval_interval")))}'
+            if known(run, 'eval_interval')
+            else ''
+        )
+        found.append(
+            (
+                f'{seconds["evaluation"] / total:.0%} of the time went into evaluations.',
+                f'Evaluate less often{way}.',
+            )
+        )
     if total > 60 and mfu is not None and mfu < 0.15:
-        at_once, windows = run.figure('data', 'windows at once'), knob(run, 'batch_size') * knob(run, 'gradient_accumulation_steps')
-        ways = [] if run.fact('environment', 'model is') == 'compiled' or run.config.get('compile') is True else [knobs(compile=True)]
-        if at_once and at_once < windows:  # batch_size='auto' is no number: as many as fit are read at once already
+        at_once, windows = (
+            run.figure('data', 'windows at once'),
+            knob(run, 'batch_size') * knob(run, 'gradient_accumulation_steps'),
+        )
+        ways = (
+            []
+            if run.fact('environment', 'model is') == 'compiled'
+            or run.config.get('compile') is True
+            else [knobs(compile=True)]
+        )
+        if (
+            at_once and at_once < windows
+        ):  # batch_size='auto' is no number: as many as fit are read at once already
             ways.append(knobs(batch_size='auto', gradient_accumulation_steps=int(windows)))
         if ways:
-            found.append((f'The machine did {mfu:.0%} of what a large matrix product does on it.', f'Try {" or ".join(ways)}.'))
+            found.append(
+                (
+                    f'The machine did {mfu:.0%} of what a large matrix product does on it.',
+                    f'Try {" or ".join(ways)}.',
+                )
+            )
     return found
 
 
 # -----------------------------------------------------------------------------
 # The page
 
-TONES = {'#010101': 'currentColor', '#010102': 'var(--train)', '#010103': 'var(--val)'}  # drawn as: shown as, in light and dark
+TONES = {
+    '#010101': 'currentColor',
+    '#010102': 'var(--train)',
+    '#010103': 'var(--val)',
+}  # drawn as: shown as, in light and dark
 INK, TRAIN, VAL = TONES
 
 
 def charts(run: Run) -> list[tuple[str, str, str]]:
     """(title, the same in words, SVG) of each curve that the run left figures for."""
-    ratio = run.best and run.best['val_bpb'] and run.best['val_loss'] and run.best['val_bpb'] / run.best['val_loss']
+    ratio = (
+        run.best
+        and run.best['val_bpb']
+        and run.best['val_loss']
+        and run.best['val_bpb'] / run.best['val_loss']
+    )
     speed, mfu, clip = run.median('tokens_per_second'), run.median('mfu'), knob(run, 'grad_clip')
     share = 100 * mfu / speed if mfu and speed else 0.0
-    found = [draw('Loss', {'train_loss': TRAIN, 'val_loss': VAL}, run, right=('bits per byte', ratio or 0.0))]
+    found = [
+        draw(
+            'Loss',
+            {'train_loss': TRAIN, 'val_loss': VAL},
+            run,
+            right=('bits per byte', ratio or 0.0),
+        )
+    ]
     found.append(draw('Learning rate', {'lr': TRAIN}, run))
     found.append(draw('Gradient norm', {'grad_norm': TRAIN}, run, log=True, level=clip))
-    found.append(draw('Tokens per second', {'tokens_per_second': TRAIN}, run, right=('% of the ceiling', share), zero=True))
+    found.append(
+        draw(
+            'Tokens per second',
+            {'tokens_per_second': TRAIN},
+            run,
+            right=('% of the ceiling', share),
+            zero=True,
+        )
+    )
     return [chart for chart in found if chart[2]]
 
 
 def draw(
-    title: str, lines: dict[str, str], run: Run, right: tuple[str, float] = ('', 0.0), log: bool = False, zero: bool = False, level: float = 0.0
+    title: str,
+    lines: dict[str, str],
+    run: Run,
+    right: tuple[str, float] = ('', 0.0),
+    log: bool = False,
+    zero: bool = False,
+    level: float = 0.0,
 ) -> tuple[str, str, str]:
     """One chart over the steps. `right`: what the same figures are called on the other side, and how much that is of 1. `level`: a dashed line."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    points = {name: [(r['step'] or 0.0, v) for r in run.rows if (v := r[name]) is not None] for name in lines}
+    points = {
+        name: [(r['step'] or 0.0, v) for r in run.rows if (v := r[name]) is not None]
+        for name in lines
+    }
     points = {name: values for name, values in points.items() if values}
     if not points:
         return title, '', ''
-    words = [f'{name.replace("_", " ")} from {v[0][1]:.4g} to {v[-1][1]:.4g}, lowest {min(y for _, y in v):.4g}' for name, v in points.items()]
+    words = [
+        f'{name.replace("_", " ")} from {v[0][1]:.4g} to {v[-1][1]:.4g}, lowest {min(y for _, y in v):.4g}'
+        for name, v in points.items()
+    ]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what someone's matplotlibrc says
-        look: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': title, 'font.size': 9, 'axes.formatter.limits': (-5, 8)}
-        matplotlib.rcParams.update(look | dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'), INK))
+        look: dict[Any, Any] = {
+            'svg.fonttype': 'none',
+            'svg.hashsalt': title,
+            'font.size': 9,
+            'axes.formatter.limits': (-5, 8),
+        }
+        matplotlib.rcParams.update(
+            look
+            | dict.fromkeys(
+                ('axes.edgecolor', 'axes.labelcolor', 'text.color', 'xtick.color', 'ytick.color'),
+                INK,
+            )
+        )
         figure = Figure(figsize=(4.4, 2.6))
         axes = figure.add_axes((0.13, 0.16, 0.74, 0.8))
         for name, values in points.items():
             every = -(-len(values) // 400)  # of a long run the means of a few rows each
-            parts = [values[i : i + every] for i in range(0, len(values), every)] if name == 'train_loss' else [[v] for v in values[::-every][::-1]]
+            parts = (
+                [values[i : i + every] for i in range(0, len(values), every)]
+                if name == 'train_loss'
+                else [[v] for v in values[::-every][::-1]]
+            )
             x, y = zip(*((part[-1][0], statistics.fmean(v for _, v in part)) for part in parts))
             dots = 'o' if name == 'val_loss' and len(x) < 60 else ''
-            axes.plot(x, y, color=lines[name], linewidth=1.8 if name == 'val_loss' else 1.2, marker=dots, markersize=3.5)
+            axes.plot(
+                x,
+                y,
+                color=lines[name],
+                linewidth=1.8 if name == 'val_loss' else 1.2,
+                marker=dots,
+                markersize=3.5,
+            )
         if level:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle='--', alpha=0.6)
         if log and all(v > 0 for _, v in points[next(iter(points))]):
             axes.set_yscale('log')
             axes.yaxis.set_major_formatter('{x:g}')
-            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+            axes.yaxis.set_minor_formatter(
+                matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5))
+            )
         if zero:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter('{x:,.0f}')
         if right[1]:
-            other = axes.secondary_yaxis('right', functions=(lambda v: np.multiply(v, right[1]), lambda v: np.divide(v, right[1])))
+            other = axes.secondary_yaxis(
+                'right',
+                functions=(lambda v: np.multiply(v, right[1]), lambda v: np.divide(v, right[1])),
+            )
             other.set_ylabel(right[0])
             other.spines[:].set_visible(False)
         axes.grid(color=INK, alpha=0.15, linewidth=0.6)
         axes.spines[['top', 'right']].set_visible(False)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_locator(
+            matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10], integer=True)
+        )
         axes.xaxis.set_major_formatter('{x:,.0f}')
         axes.set_xlabel('steps')
         out = io.StringIO()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
-    svg = re.sub(r' (width|height)="[\d.]+pt"', '', out.getvalue()[out.getvalue().index('<svg') :], count=2)
+        FigureCanvasSVG(figure).print_svg(
+            out, metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+        )
+    svg = re.sub(
+        r' (width|height)="[\d.]+pt"', '', out.getvalue()[out.getvalue().index('<svg') :], count=2
+    )
     for drawn, shown in TONES.items():
         svg = svg.replace(drawn, shown)
-    return title, f'{title} over {run.steps:,} steps: {"; ".join(words)}', svg.replace("'DejaVu Sans', ", '')
+    return (
+        title,
+        f'{title} over {run.steps:,} steps: {"; ".join(words)}',
+        svg.replace("'DejaVu Sans', ", ''),
+    )
 
 
 PAGE = string.Template("""<!doctype html>
@@ -461,9 +694,16 @@ def esc(value: Any) -> str:
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), numbers: bool = False) -> str:
     """An HTML table of what is not HTML yet; without `head` each row's first cell is its heading."""
-    top = f'<thead><tr>{"".join(f"<th scope=col>{esc(h)}</th>" for h in head)}</tr></thead>' if head else ''
+    top = (
+        f'<thead><tr>{"".join(f"<th scope=col>{esc(h)}</th>" for h in head)}</tr></thead>'
+        if head
+        else ''
+    )
     first = 'td' if head else 'th scope=row'
-    body = ''.join(f'<tr><{first}>{esc(row[0])}</{first[:2]}>{"".join(f"<td>{esc(cell)}</td>" for cell in row[1:])}</tr>' for row in rows)
+    body = ''.join(
+        f'<tr><{first}>{esc(row[0])}</{first[:2]}>{"".join(f"<td>{esc(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
     return f'<div{" class=numbers" * numbers}><table>{top}<tbody>{body}</tbody></table></div>'
 
 
@@ -476,7 +716,13 @@ def clock(seconds: float | None) -> str:
     """Seconds as seconds, minutes or hours; a dash for none."""
     if seconds is None:
         return '–'
-    return f'{seconds:.1f} s' if seconds < 60 else f'{seconds / 60:.1f} minutes' if seconds < 7200 else f'{seconds / 3600:.1f} hours'
+    return (
+        f'{seconds:.1f} s'
+        if seconds < 60
+        else f'{seconds / 60:.1f} minutes'
+        if seconds < 7200
+        else f'{seconds / 3600:.1f} hours'
+    )
 
 
 def shown(value: float | None, form: str = ',.0f') -> str:
@@ -486,76 +732,169 @@ def shown(value: float | None, form: str = ',.0f') -> str:
 
 def summary(run: Run) -> str:
     """The run in a few sentences."""
-    parameters, words, end = run.figure('model', 'parameters'), run.figure('data', 'training tokens'), run.fact('end')
+    parameters, words, end = (
+        run.figure('model', 'parameters'),
+        run.figure('data', 'training tokens'),
+        run.fact('end'),
+    )
     text = f'A GPT of {parameters:,.0f} parameters' if parameters else 'A GPT'
     text += f' read {run.tokens:,.0f} tokens of {run.config.get("dataset", "its data")} in {run.steps:,} steps and {clock(run.last["seconds"])}'
-    text += f' ({run.tokens / words:.1f} times the {words:,.0f} that there are). ' if words else '. '
+    text += (
+        f' ({run.tokens / words:.1f} times the {words:,.0f} that there are). ' if words else '. '
+    )
     if run.best and run.best['val_loss'] is not None:
         loss, bits = run.best['val_loss'], run.best['val_bpb']
-        text += f'Its lowest validation loss is {loss:.4f} nats a token' + (f', {bits:.3f} bits per byte' if bits else '')
+        text += f'Its lowest validation loss is {loss:.4f} nats a token' + (
+            f', {bits:.3f} bits per byte' if bits else ''
+        )
         text += f', at step {run.best["step"]:,.0f}: before each token it wavers as if among {math.exp(min(loss, 50)):,.0f} equally likely ones (perplexity). '
     if end == 'done':
         return text + 'It came to its end.'
-    return text + (f'Its end: {end}.' if end else 'It has not come to its end: it still goes on, or was killed.' if run.sessions else '')
+    return text + (
+        f'Its end: {end}.'
+        if end
+        else 'It has not come to its end: it still goes on, or was killed.'
+        if run.sessions
+        else ''
+    )
 
 
 def page(run: Run) -> str:
     """The report as HTML."""
-    out, best = [f'<h1>{esc(os.path.basename(os.path.abspath(run.out_dir)))}</h1><p>{esc(summary(run))}</p>'], run.best or {}
+    out, best = (
+        [
+            f'<h1>{esc(os.path.basename(os.path.abspath(run.out_dir)))}</h1><p>{esc(summary(run))}</p>'
+        ],
+        run.best or {},
+    )
     memory = {name: number(value) for name, value in (run.fact('memory') or {}).items()}
     figures = [('validation loss', shown(best.get('val_loss'), '.4f')), ('bits per byte', shown(best.get('val_bpb'), '.3f')), ('steps', f'{run.steps:,}'),
                ('time', clock(run.last['seconds'])), ('tokens/s', shown(run.median('tokens_per_second')))]  # fmt: skip
     figures += [('peak memory', f'{peak:,.0f} MB')] if (peak := memory.get('peak')) else []
-    out.append(f'<div class=figures>{"".join(f"<div><b>{esc(value)}</b>{name}</div>" for name, value in figures)}</div>')
+    out.append(
+        f'<div class=figures>{"".join(f"<div><b>{esc(value)}</b>{name}</div>" for name, value in figures)}</div>'
+    )
 
     hints = advice(run)
     out.append('<h2>What to try next</h2>')
-    out += [f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>' for shows, way in hints]
-    out.append(f'<p>To try one, put its knobs behind this:</p><pre><code>{esc(command(run))}</code></pre>' if any('`--' in way for _, way in hints) else '')
-    out.append('' if hints else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>')
+    out += [
+        f'<div class=hint><p>{in_words(shows)}</p><p>{in_words(way)}</p></div>'
+        for shows, way in hints
+    ]
+    out.append(
+        f'<p>To try one, put its knobs behind this:</p><pre><code>{esc(command(run))}</code></pre>'
+        if any('`--' in way for _, way in hints)
+        else ''
+    )
+    out.append(
+        ''
+        if hints
+        else '<p>These figures point to no fault: it neither learns by heart nor stands still, and the machine was put to use.</p>'
+    )
 
     out.append('<h2>Curves</h2><div class=grid>')
     for title, words, svg in charts(run):
-        legend = ' <i style="background: var(--train)"></i>training <i style="background: var(--val)"></i>validation' if title == 'Loss' else ''
-        out.append(f'<figure role=img aria-label="{esc(words)}"><figcaption>{title}{legend}</figcaption>{svg}</figure>')
+        legend = (
+            ' <i style="background: var(--train)"></i>training <i style="background: var(--val)"></i>validation'
+            if title == 'Loss'
+            else ''
+        )
+        out.append(
+            f'<figure role=img aria-label="{esc(words)}"><figcaption>{title}{legend}</figcaption>{svg}</figure>'
+        )
     every = -(-len(run.evaluations) // 40) or 1
     rows = [
-        (shown(r['step']), shown(r['tokens']), clock(r['seconds']), shown(run.train_at(r['step'] or 0), '.4f'))
+        (
+            shown(r['step']),
+            shown(r['tokens']),
+            clock(r['seconds']),
+            shown(run.train_at(r['step'] or 0), '.4f'),
+        )
         + (shown(r['val_loss'], '.4f'), shown(r['val_bpb'], '.3f'))
         for r in run.evaluations[::-every][::-1]
     ]
     head = ('step', 'tokens', 'time', 'training loss', 'validation loss', 'bits per byte')
-    out.append(f'</div><details><summary>The evaluations in figures</summary>{table(rows, head, numbers=True)}</details>' if rows else '</div>')
+    out.append(
+        f'</div><details><summary>The evaluations in figures</summary>{table(rows, head, numbers=True)}</details>'
+        if rows
+        else '</div>'
+    )
 
     out.append('<h2>Samples over time</h2>')
     last = {s['step']: s for s in run.samples}  # a resumed run may have taken one twice
-    kept = list(last.values()) if len(last) <= 6 else [list(last.values())[i * (len(last) - 1) // 5] for i in range(6)]
+    kept = (
+        list(last.values())
+        if len(last) <= 6
+        else [list(last.values())[i * (len(last) - 1) // 5] for i in range(6)]
+    )
     cards = ''
     for sample in kept:
-        name = ', '.join(filter(None, (f'step {sample["step"]:,}' if sample['step'] else '', sample['remark'])))
+        name = ', '.join(
+            filter(None, (f'step {sample["step"]:,}' if sample['step'] else '', sample['remark']))
+        )
         cards += f'<div class=card><small>{esc(name)}</small><div class=text tabindex=0>{esc(sample["text"].strip())}</div></div>'
     none = f'<p>None were taken (sample_interval is 0); <code>python sample.py --out_dir={esc(run.out_dir)}</code> writes with the model.</p>'
     out.append(f'<div class="grid three">{cards}</div>' if cards else none)
 
     mfu, seconds = run.median('mfu'), run.seconds()
-    facts = [('median speed', f'{shown(run.median("tokens_per_second"))} tokens/s' + (f', {mfu:.0%} of what a large matrix product does here' if mfu else ''))]
-    facts += [(name, f'{clock(value)} ({value / (sum(seconds.values()) or 1):.0%})') for name, value in seconds.items() if value]
+    facts = [
+        (
+            'median speed',
+            f'{shown(run.median("tokens_per_second"))} tokens/s'
+            + (f', {mfu:.0%} of what a large matrix product does here' if mfu else ''),
+        )
+    ]
+    facts += [
+        (name, f'{clock(value)} ({value / (sum(seconds.values()) or 1):.0%})')
+        for name, value in seconds.items()
+        if value
+    ]
     facts += [(f'memory: {name}', f'{value:,.1f} MB') for name, value in memory.items() if value]
     data = [('dataset', run.config.get('dataset', '–'))] + list((run.fact('data') or {}).items())
     words_ = run.figure('data', 'training tokens')
     data += [('times read', f'{run.tokens / words_:.2f}')] if words_ else []
     place = list((run.fact('environment') or {}).items())
     place += [('command', run.fact('command'))] if run.fact('command') else []
-    place += [('begun', ', '.join(f'{s.get("began")} at step {s.get("from_step")}' for s in run.sessions))] if run.sessions else []
+    place += (
+        [
+            (
+                'begun',
+                ', '.join(f'{s.get("began")} at step {s.get("from_step")}' for s in run.sessions),
+            )
+        ]
+        if run.sessions
+        else []
+    )
     absent = [('', 'not recorded by this run')]
-    for title, found in ('Speed and memory', facts), ('Data', data), ('Environment', place or absent):
-        cells = [(name, f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value) for name, value in found if value is not None]
-        out.append(f'{"<div class=grid>" if title == "Speed and memory" else ""}<section><h2>{title}</h2>{table(cells)}</section>')
+    for title, found in (
+        ('Speed and memory', facts),
+        ('Data', data),
+        ('Environment', place or absent),
+    ):
+        cells = [
+            (
+                name,
+                f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value,
+            )
+            for name, value in found
+            if value is not None
+        ]
+        out.append(
+            f'{"<div class=grid>" if title == "Speed and memory" else ""}<section><h2>{title}</h2>{table(cells)}</section>'
+        )
     changed = run.fact('changed') if isinstance(run.fact('changed'), list) else list(run.config)
-    out.append(f'<section><h2>Settings</h2>{table([(k, v) for k, v in run.config.items() if k in changed])}')
+    out.append(
+        f'<section><h2>Settings</h2>{table([(k, v) for k, v in run.config.items() if k in changed])}'
+    )
     rest = [(k, v) for k, v in run.config.items() if k not in changed]
-    out.append(f'<details><summary>All others, which have their defaults</summary>{table(rest)}</details>' if rest else '')
-    out.append(f'</section></div><p><small>Written {time.strftime("%Y-%m-%d %H:%M")} by lyreGPT\'s lyregpt/report.py.</small></p>')
+    out.append(
+        f'<details><summary>All others, which have their defaults</summary>{table(rest)}</details>'
+        if rest
+        else ''
+    )
+    out.append(
+        f"</section></div><p><small>Written {time.strftime('%Y-%m-%d %H:%M')} by lyreGPT's lyregpt/report.py.</small></p>"
+    )
     return PAGE.substitute(title=esc(f'{run.out_dir}: a run'), body='\n'.join(out))
 
 
@@ -565,7 +904,9 @@ def write(out_dir: str) -> str:
     try:
         write_whole(path, page(read_run(out_dir)).encode('utf-8', 'replace'))
     except ImportError as error:
-        raise UserError(f'{path}: {error.name} is not installed: pip install -r requirements.txt') from None
+        raise UserError(
+            f'{path}: {error.name} is not installed: pip install -r requirements.txt'
+        ) from None
     return path
 
 
@@ -575,7 +916,11 @@ def write(out_dir: str) -> str:
 
 def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
     """([(figure, of a, of b)], what must be known to read them): settings that differ, then what came of them."""
-    names = [k for k in a.config | b.config if k not in ('out_dir', 'init_from') and a.config.get(k) != b.config.get(k)]
+    names = [
+        k
+        for k in a.config | b.config
+        if k not in ('out_dir', 'init_from') and a.config.get(k) != b.config.get(k)
+    ]
     rows = [(name, str(a.config.get(name, '–')), str(b.config.get(name, '–'))) for name in names]
     remarks, both = [], (a, b)
 
@@ -591,16 +936,26 @@ def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
     losses = bits = True
     if tokenizers[0] != tokenizers[1]:
         losses, bits = False, bool(same('validation bytes') and all(map(whole_split, both)))
-        then = 'bits per byte do (their validation texts have as many bytes).' if bits else 'and nothing tells that their validation texts are the same.'
+        then = (
+            'bits per byte do (their validation texts have as many bytes).'
+            if bits
+            else 'and nothing tells that their validation texts are the same.'
+        )
         remarks.append(f'Their tokenizers differ, so losses per token do not compare; {then}')
     elif same('validation fingerprint') is False or same('validation tokens') is False:
         losses = bits = False
-        remarks.append('Their validation data differ: no loss of the one compares with one of the other.')
+        remarks.append(
+            'Their validation data differ: no loss of the one compares with one of the other.'
+        )
     elif same('validation windows read') is False and not all(map(whole_split, both)):
         losses = bits = False
-        remarks.append('They were evaluated on different parts of the validation split (eval_iters): their losses do not compare.')
+        remarks.append(
+            'They were evaluated on different parts of the validation split (eval_iters): their losses do not compare.'
+        )
     elif same('validation fingerprint') is None:
-        remarks.append('A run of before run.json does not tell its validation data: they are taken to be the same.')
+        remarks.append(
+            'A run of before run.json does not tell its validation data: they are taken to be the same.'
+        )
 
     best: list[Row] = [run.best or {} for run in both]
     line('parameters', ',.0f', [run.figure('model', 'parameters') for run in both])
@@ -617,14 +972,20 @@ def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
         if losses and None not in values:
             line(f'validation loss after {where:{form}} {axis}', '.4f', values)
     if losses and a.tokens != b.tokens:
-        remarks.append("At equal tokens or seconds the longer run's learning rate had not come down yet. Between evaluations a straight line is assumed.")
+        remarks.append(
+            "At equal tokens or seconds the longer run's learning rate had not come down yet. Between evaluations a straight line is assumed."
+        )
     line('last training loss', '.4f', [run.train_at(run.steps) if losses else None for run in both])
     line('tokens/s (median)', ',.0f', [run.median('tokens_per_second') for run in both])
     line('share of the ceiling', '.0%', [run.median('mfu') for run in both])
     line('seconds in all', ',.1f', [run.last['seconds'] for run in both])
     line('peak memory, MB', ',.0f', [run.figure('memory', 'peak') for run in both])
     machines = [run.fact('environment') or {} for run in both]
-    rows += [(name, str(ours), str(theirs)) for name, ours in machines[0].items() if (theirs := machines[1].get(name, ours)) != ours]
+    rows += [
+        (name, str(ours), str(theirs))
+        for name, ours in machines[0].items()
+        if (theirs := machines[1].get(name, ours)) != ours
+    ]
     return rows, remarks
 
 

@@ -35,7 +35,9 @@ class Tokenizer:
     vocab_size: int
     eot: int | None = None  # document end
     bos: int | None = None  # document begin: these kinds use `eot` for it, as GPT-2 does
-    pad: int | None = None  # none of these kinds pads: batches are cut from one stream, prompts are masked
+    pad: int | None = (
+        None  # none of these kinds pads: batches are cut from one stream, prompts are masked
+    )
     unk: int | None = None  # only a character tokenizer can meet something unknown
 
     def __init__(self, lowercase: bool = False, squeeze: bool = False):
@@ -46,7 +48,9 @@ class Tokenizer:
         if self.squeeze:
             text = re.sub(r'[^\S\n]+', ' ', text.replace('\r\n', '\n').replace('\r', '\n'))
             text = re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', text)).strip(' ')
-        if not text.isascii() and re.search('[\ud800-\udfff]', text):  # half a character, from broken input: U+FFFD
+        if not text.isascii() and re.search(
+            '[\ud800-\udfff]', text
+        ):  # half a character, from broken input: U+FFFD
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
         return text.lower() if self.lowercase else text
 
@@ -65,7 +69,9 @@ class Tokenizer:
     def stream_decoder(self) -> Callable[[int | None], str]:
         """A function to feed ids one by one; it gives out text as soon as a character is whole. None at the end gives what is left of one."""
         utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        return lambda token: utf8.decode(b'', final=True) if token is None else utf8.decode(self.token_bytes(token))
+        return lambda token: (
+            utf8.decode(b'', final=True) if token is None else utf8.decode(self.token_bytes(token))
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that one id stands for (a byte-level token may be part of a character).
@@ -73,16 +79,28 @@ class Tokenizer:
         Raises UserError for an id outside the vocabulary.
         """
         if not 0 <= int(token) < self.vocab_size:
-            raise UserError(f'token id {int(token)} is outside the vocabulary (0 to {self.vocab_size - 1}): another tokenizer made it')
+            raise UserError(
+                f'token id {int(token)} is outside the vocabulary (0 to {self.vocab_size - 1}): another tokenizer made it'
+            )
         return self._token_bytes(int(token))
 
     def state(self) -> dict[str, Any]:
         """All there is to know, as JSON-able values; `from_state` is the way back."""
-        return {'kind': self.kind, 'vocab_size': self.vocab_size, 'lowercase': self.lowercase, 'squeeze': self.squeeze, **self._state()}
+        return {
+            'kind': self.kind,
+            'vocab_size': self.vocab_size,
+            'lowercase': self.lowercase,
+            'squeeze': self.squeeze,
+            **self._state(),
+        }
 
     def fingerprint(self) -> str:
         """The same for two tokenizers if every id means the same text to both."""
-        return hashlib.sha256(b''.join(f'{len(t)} '.encode() + t for t in map(self._token_bytes, range(self.vocab_size)))).hexdigest()
+        return hashlib.sha256(
+            b''.join(
+                f'{len(t)} '.encode() + t for t in map(self._token_bytes, range(self.vocab_size))
+            )
+        ).hexdigest()
 
     def to_hf(self) -> dict[str, Any]:
         """The same tokenizer as Hugging Face's tokenizer.json. Its special tokens put `eot` before a text, where a document begins."""
@@ -93,7 +111,9 @@ class Tokenizer:
             engine.normalizer = hf_normalizer(self.lowercase, self.squeeze)
         if self.eot is not None:
             name = engine.id_to_token(self.eot)
-            engine.post_processor = processors.TemplateProcessing(f'{name} $A', f'{name} $A {name} $B', [(name, self.eot)])
+            engine.post_processor = processors.TemplateProcessing(
+                f'{name} $A', f'{name} $A {name} $B', [(name, self.eot)]
+            )
         return json.loads(engine.to_str())
 
     def save(self, path: str) -> None:
@@ -124,13 +144,19 @@ class CharTokenizer(Tokenizer):
         super().__init__(**normalization)
         self.chars, self.special = chars, list(special)
         self.vocab_size = len(chars) + len(self.special)
-        self.eot, self.unk = (len(chars) + self.special.index(s) if s in self.special else None for s in (EOT, UNK))
-        self._bytes = [c.encode('utf-8', 'surrogatepass') for c in chars] + [s.encode() for s in self.special]
+        self.eot, self.unk = (
+            len(chars) + self.special.index(s) if s in self.special else None for s in (EOT, UNK)
+        )
+        self._bytes = [c.encode('utf-8', 'surrogatepass') for c in chars] + [
+            s.encode() for s in self.special
+        ]
         self._ids = np.full(0x110000, -1 if self.unk is None else self.unk, dtype=np.int32)
         self._ids[[ord(c) for c in chars]] = np.arange(len(chars))
 
     @classmethod
-    def train(cls, texts: Iterable[str], special: Sequence[str] = (EOT,), **normalization: Any) -> 'CharTokenizer':
+    def train(
+        cls, texts: Iterable[str], special: Sequence[str] = (EOT,), **normalization: Any
+    ) -> 'CharTokenizer':
         """Learn the set of characters from the texts (streamed: memory does not grow with them). Raises UserError if there are none."""
         normalizer, seen = Tokenizer(**normalization), set[str]()
         for text in texts:
@@ -161,7 +187,11 @@ class CharTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Engine
 
         # an unknown character is an error if UNK is no token, as here
-        engine = Engine(models.WordLevel({s: i for i, s in enumerate([*self.chars, *self.special])}, unk_token=UNK))
+        engine = Engine(
+            models.WordLevel(
+                {s: i for i, s in enumerate([*self.chars, *self.special])}, unk_token=UNK
+            )
+        )
         engine.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         engine.decoder = decoders.Fuse()
         engine.add_special_tokens([AddedToken(s, normalized=False) for s in self.special])
@@ -184,20 +214,30 @@ class BPETokenizer(Tokenizer):
         from tokenizers import Tokenizer as Engine
 
         self._engine = Engine.from_str(model)
-        self._engine.encode_special_tokens = True  # '<|endoftext|>' written in a song is text, not the song's end
+        self._engine.encode_special_tokens = (
+            True  # '<|endoftext|>' written in a song is text, not the song's end
+        )
         self._eot_name, self.eot = eot, self._engine.token_to_id(eot)
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        added = {token.content for token in self._engine.get_added_tokens_decoder().values()}  # plain text, not bytes in disguise
+        added = {
+            token.content for token in self._engine.get_added_tokens_decoder().values()
+        }  # plain text, not bytes in disguise
         vocab = self._engine.get_vocab()
         self.vocab_size = max(vocab.values()) + 1  # foreign ones may leave ids out
         self._bytes = [b''] * self.vocab_size
         for token, index in vocab.items():
             if token not in added and not all(c in byte_of for c in token):
-                raise UserError(f'its token {token!r} is not made of bytes; only byte-level BPE is read')
-            self._bytes[index] = token.encode() if token in added else bytes(byte_of[c] for c in token)
+                raise UserError(
+                    f'its token {token!r} is not made of bytes; only byte-level BPE is read'
+                )
+            self._bytes[index] = (
+                token.encode() if token in added else bytes(byte_of[c] for c in token)
+            )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 2048, **normalization: Any) -> 'BPETokenizer':
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 2048, **normalization: Any
+    ) -> 'BPETokenizer':
         """Learn merges from the texts until there are `vocab_size` tokens: 256 bytes, the document end, the merges.
 
         Fewer if the corpus is too small for more. Raises UserError below 257 and above 65,536 (ids are stored in 16 bits).
@@ -232,7 +272,10 @@ class BPETokenizer(Tokenizer):
         return engine, trainers.BpeTrainer
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, dtype=np.int32) for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            np.array(e.ids, dtype=np.int32)
+            for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def _token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
@@ -243,7 +286,9 @@ class BPETokenizer(Tokenizer):
         return Engine.from_str(self._engine.to_str())
 
     def _state(self) -> dict[str, Any]:
-        return {'model': json.loads(self._engine.to_str())} | ({} if self._eot_name == EOT else {'eot': self._eot_name})
+        return {'model': json.loads(self._engine.to_str())} | (
+            {} if self._eot_name == EOT else {'eot': self._eot_name}
+        )
 
 
 class WordPieceTokenizer(BPETokenizer):
@@ -262,8 +307,12 @@ class WordPieceTokenizer(BPETokenizer):
 
     def __init__(self, model: str, eot: str = EOT, **normalization: bool):
         state, ours = json.loads(model), json.loads(self._untrained()[0].to_str())
-        if {**state['model'], 'vocab': {}} != ours['model'] or any(state.get(k) != ours[k] for k in ('pre_tokenizer', 'normalizer', 'decoder')):
-            raise UserError("its WordPiece is not the byte-level one that is trained here (BERT's loses blanks and unknown characters)")
+        if {**state['model'], 'vocab': {}} != ours['model'] or any(
+            state.get(k) != ours[k] for k in ('pre_tokenizer', 'normalizer', 'decoder')
+        ):
+            raise UserError(
+                "its WordPiece is not the byte-level one that is trained here (BERT's loses blanks and unknown characters)"
+            )
         super().__init__(model, eot, **normalization)
         if missing := set(bytes_to_unicode().values()) - set(state['model']['vocab']):
             raise UserError(f'its vocabulary lacks {len(missing)} of the 256 bytes')
@@ -273,9 +322,15 @@ class WordPieceTokenizer(BPETokenizer):
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Engine
 
-        engine = Engine(models.WordPiece(unk_token=UNK, continuing_subword_prefix='', max_input_chars_per_word=cls.longest))
+        engine = Engine(
+            models.WordPiece(
+                unk_token=UNK, continuing_subword_prefix='', max_input_chars_per_word=cls.longest
+            )
+        )
         cut = pre_tokenizers.Split(Regex(f'.{{1,{cls.longest}}}'), 'isolated')
-        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False), cut])
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.ByteLevel(add_prefix_space=False), cut]
+        )
         engine.decoder = decoders.ByteLevel()
         return engine, functools.partial(trainers.WordPieceTrainer, continuing_subword_prefix='')
 
@@ -301,7 +356,12 @@ class GPT2Tokenizer(Tokenizer):
             ) from None
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.int32) for ids in self._engine.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)]
+        return [
+            np.array(ids, dtype=np.int32)
+            for ids in self._engine.encode_ordinary_batch(
+                list(texts), num_threads=os.cpu_count() or 1
+            )
+        ]
 
     def _token_bytes(self, token: int) -> bytes:
         return self._engine.decode_single_token_bytes(token)
@@ -322,11 +382,16 @@ class GPT2Tokenizer(Tokenizer):
         for token in rank:
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
-                _, i = min((rank.get(a + b, self.eot), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+                _, i = min(
+                    (rank.get(a + b, self.eot), i)
+                    for i, (a, b) in enumerate(itertools.pairwise(parts))
+                )
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             if len(parts) == 2:
                 merges.append((text[parts[0]], text[parts[1]]))
-        engine = Engine(models.BPE({text[token]: i for token, i in rank.items()} | {EOT: self.eot}, merges))
+        engine = Engine(
+            models.BPE({text[token]: i for token, i in rank.items()} | {EOT: self.eot}, merges)
+        )
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         engine.decoder = decoders.ByteLevel()
         engine.add_special_tokens([AddedToken(EOT, normalized=False)])
@@ -344,10 +409,18 @@ def hf_normalizer(lowercase: bool, squeeze: bool) -> Any:
     """`Tokenizer.normalize` in the `tokenizers` library's terms; its regular expressions are Oniguruma's."""
     from tokenizers import Regex, normalizers
 
-    blanks = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and c != '\n')  # the engines' \s differ; none is higher
+    blanks = ''.join(
+        c for c in map(chr, range(0x3001)) if c.isspace() and c != '\n'
+    )  # the engines' \s differ; none is higher
     steps: list[Any] = []
     if squeeze:
-        for pattern, text in ('\r\n?', '\n'), (f'[{blanks}]+', ' '), (' ?\n ?', '\n'), ('\n{3,}', '\n\n'), (r'\A +| +\z', ''):
+        for pattern, text in (
+            ('\r\n?', '\n'),
+            (f'[{blanks}]+', ' '),
+            (' ?\n ?', '\n'),
+            ('\n{3,}', '\n\n'),
+            (r'\A +| +\z', ''),
+        ):
             steps.append(normalizers.Replace(Regex(pattern), text))
     if lowercase:  # Python lowers a Greek word's last sigma to its final form, the library does not
         cased, between = r'[\p{Cased}&&\P{Case_Ignorable}]', r'\p{Case_Ignorable}*'
@@ -375,11 +448,19 @@ def from_hf(state: dict[str, Any], eot: str = EOT) -> Tokenizer:
         return WordPieceTokenizer(json.dumps(engine), name, **normalization)
     if state['model']['type'] == 'WordLevel':
         symbols = sorted(vocab, key=lambda s: vocab[s])
-        found = CharTokenizer(''.join(symbols[: len(symbols) - len(added)]), [content for _, content in added], **normalization)
+        found = CharTokenizer(
+            ''.join(symbols[: len(symbols) - len(added)]),
+            [content for _, content in added],
+            **normalization,
+        )
         theirs = found.to_hf()
-        if all(theirs[part] == state.get(part) for part in ('model', 'pre_tokenizer', 'normalizer')):
+        if all(
+            theirs[part] == state.get(part) for part in ('model', 'pre_tokenizer', 'normalizer')
+        ):
             return found
-    raise UserError(f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or WordPiece or characters as lyregpt/export.py writes them')
+    raise UserError(
+        f'a {state["model"]["type"]} tokenizer: expected byte-level BPE, or WordPiece or characters as lyregpt/export.py writes them'
+    )
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -398,8 +479,12 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # the library behind a kind raises plain Exceptions
-        raise UserError(f'this tokenizer description is damaged ({type(error).__name__}: {str(error)[:80]})') from None
-    raise UserError(f'unknown tokenizer kind {state["kind"]!r}: expected bpe, wordpiece, char or gpt2')
+        raise UserError(
+            f'this tokenizer description is damaged ({type(error).__name__}: {str(error)[:80]})'
+        ) from None
+    raise UserError(
+        f'unknown tokenizer kind {state["kind"]!r}: expected bpe, wordpiece, char or gpt2'
+    )
 
 
 def load(path: str) -> Tokenizer:
@@ -422,13 +507,21 @@ def load(path: str) -> Tokenizer:
                     beside |= json.load(f)
         eos = beside.get('eos_token')
         eos = (eos.get('content') if isinstance(eos, dict) else eos) or EOT
-        return from_hf(from_vocab(path, eos, bool(beside.get('add_prefix_space'))) if older else state, eos)
+        return from_hf(
+            from_vocab(path, eos, bool(beside.get('add_prefix_space'))) if older else state, eos
+        )
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file; `python -m lyregpt tokenizer train FILE… --out={path}` makes one') from None
+        raise UserError(
+            f'{path}: no such file; `python -m lyregpt tokenizer train FILE… --out={path}` makes one'
+        ) from None
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    except Exception as error:  # a foreign or damaged file may fail in the JSON or deep in the library
-        raise UserError(f'{path}: not a tokenizer file ({type(error).__name__}: {str(error)[:80]})') from None
+    except (
+        Exception
+    ) as error:  # a foreign or damaged file may fail in the JSON or deep in the library
+        raise UserError(
+            f'{path}: not a tokenizer file ({type(error).__name__}: {str(error)[:80]})'
+        ) from None
 
 
 def from_vocab(path: str, eot: str, add_prefix_space: bool = False) -> dict[str, Any]:
@@ -437,7 +530,10 @@ def from_vocab(path: str, eot: str, add_prefix_space: bool = False) -> dict[str,
     from tokenizers import Tokenizer as Engine
 
     engine = Engine(models.BPE.from_file(path, os.path.join(os.path.dirname(path), 'merges.txt')))
-    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space), decoders.ByteLevel()
+    engine.pre_tokenizer, engine.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space),
+        decoders.ByteLevel(),
+    )
     if engine.token_to_id(eot) is not None:
         engine.add_special_tokens([AddedToken(eot, normalized=False)])
     return json.loads(engine.to_str())
@@ -462,21 +558,33 @@ def of_pretrained(source: str) -> Tokenizer:
         with open(path, encoding='utf-8') as f:
             size = int(json.load(f)['vocab_size'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not the description of a model ({type(error).__name__}: {error})') from None
+        raise UserError(
+            f'{path}: not the description of a model ({type(error).__name__}: {error})'
+        ) from None
     path = file_of_pretrained(source)
-    if not path and not GPT2Tokenizer.vocab_size <= size <= 50304:  # nanoGPT pads to a multiple of 64
-        raise UserError(f"{os.path.join(source, 'tokenizer.json')}: no such file, and {size} tokens are not GPT-2's; add the tokenizer of this model")
+    if (
+        not path and not GPT2Tokenizer.vocab_size <= size <= 50304
+    ):  # nanoGPT pads to a multiple of 64
+        raise UserError(
+            f"{os.path.join(source, 'tokenizer.json')}: no such file, and {size} tokens are not GPT-2's; add the tokenizer of this model"
+        )
     tokenizer = load(path) if path else GPT2Tokenizer()
     if tokenizer.vocab_size > size:
-        raise UserError(f'{path}: has {tokenizer.vocab_size} tokens, but the model beside it {size}: it belongs to another')
+        raise UserError(
+            f'{path}: has {tokenizer.vocab_size} tokens, but the model beside it {size}: it belongs to another'
+        )
     return tokenizer
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 2048, **normalization: bool) -> Tokenizer:
+def train_tokenizer(
+    kind: str, texts: Iterable[str], vocab_size: int = 2048, **normalization: bool
+) -> Tokenizer:
     """A tokenizer of this kind (bpe, wordpiece or char, which needs no `vocab_size`), trained on the texts. Raises UserError."""
     if kind == 'char':
         return CharTokenizer.train(texts, (EOT,), **normalization)
-    return (WordPieceTokenizer if kind == 'wordpiece' else BPETokenizer).train(texts, vocab_size, **normalization)
+    return (WordPieceTokenizer if kind == 'wordpiece' else BPETokenizer).train(
+        texts, vocab_size, **normalization
+    )
 
 
 def read_lines(paths: Sequence[str]) -> Iterator[str]:
@@ -488,7 +596,9 @@ def read_lines(paths: Sequence[str]) -> Iterator[str]:
         except OSError as error:
             raise UserError(f'{path}: {error.strerror}') from None
         except UnicodeDecodeError:
-            raise UserError(f'{path}: not UTF-8 text; data/text/prepare.py detects other encodings') from None
+            raise UserError(
+                f'{path}: not UTF-8 text; data/text/prepare.py detects other encodings'
+            ) from None
 
 
 def main() -> None:
@@ -498,13 +608,24 @@ def main() -> None:
     train = commands.add_parser('train', help='learn a tokenizer from text files')
     train.add_argument('files', nargs='+', metavar='FILE')
     train.add_argument('--kind', choices=('bpe', 'wordpiece', 'char'), default='bpe')
-    train.add_argument('--vocab_size', type=int, default=2048, help='for bpe and wordpiece: how many tokens (default 2048)')
+    train.add_argument(
+        '--vocab_size',
+        type=int,
+        default=2048,
+        help='for bpe and wordpiece: how many tokens (default 2048)',
+    )
     train.add_argument('--lowercase', action='store_true', help='turn all text to lower case first')
-    train.add_argument('--squeeze', action='store_true', help='squeeze runs of blanks and of empty lines first')
-    train.add_argument('--out', default='tokenizer.json', help='the file to write (default tokenizer.json)')
+    train.add_argument(
+        '--squeeze', action='store_true', help='squeeze runs of blanks and of empty lines first'
+    )
+    train.add_argument(
+        '--out', default='tokenizer.json', help='the file to write (default tokenizer.json)'
+    )
     for name, what in ('encode', 'text'), ('decode', 'ids'):
         command = commands.add_parser(name, help=f'{name} {what} from the arguments or stdin')
-        command.add_argument('--tokenizer', default='tokenizer.json', help='a tokenizer file, a meta.json, or gpt2')
+        command.add_argument(
+            '--tokenizer', default='tokenizer.json', help='a tokenizer file, a meta.json, or gpt2'
+        )
         command.add_argument('words', nargs='*', metavar=what.upper())
     args = parser.parse_args()
     if args.command == 'train':
@@ -514,7 +635,9 @@ def main() -> None:
         tokenizer.save(args.out)
         print(f'wrote {args.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens')
     elif args.command == 'encode':
-        print(*load(args.tokenizer).encode(' '.join(args.words) if args.words else sys.stdin.read()))
+        print(
+            *load(args.tokenizer).encode(' '.join(args.words) if args.words else sys.stdin.read())
+        )
     else:
         words = args.words or sys.stdin.read().split()
         if bad := [w for w in words if not w.isdigit()]:

@@ -23,8 +23,13 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook at `path`, run in a kernel of this Python; the file stays as it is. Raises nbclient's CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(HERE)}}, record_timing=False,
-        coalesce_streams=True, extra_arguments=['--log-level=ERROR']
+        notebook,
+        timeout=None,
+        kernel_name='python3',
+        resources={'metadata': {'path': str(HERE)}},
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=['--log-level=ERROR'],
     )
     client.execute()
     notebook.metadata = {  # as little as a reader needs: the same on every machine

@@ -29,8 +29,17 @@ from configurator import UserError, configure, run  # noqa: E402
 from lyregpt.dataset import read_jsonl  # noqa: E402
 
 FIELDS = ('artist', 'album', 'album_type', 'year', 'track', 'title', 'lyrics', 'url')
-KEEP_FIRST = ('album', 'ep', 'single', 'demo', 'live')  # of two like songs the one on the kind of record that stands first here
-BANDS, ROWS = 24, 4  # MinHash: pairs of a similarity of (1/24)^(1/4) = 0.45 meet with a chance of 64%, of 0.7 with 99.8%
+KEEP_FIRST = (
+    'album',
+    'ep',
+    'single',
+    'demo',
+    'live',
+)  # of two like songs the one on the kind of record that stands first here
+BANDS, ROWS = (
+    24,
+    4,
+)  # MinHash: pairs of a similarity of (1/24)^(1/4) = 0.45 meet with a chance of 64%, of 0.7 with 99.8%
 BOILERPLATE = re.compile(
     r'(https?://|www\.)\S+|\S+@\S+\.\S+|(submits|comments|corrections).*(welcome|mail)|^\W*(lyrics\s*(by|©|\(c\)|copyright)|copyright\b|all rights reserved'
     r'|thanks to .* (for|lyrics)|transcribed by|lyrics in .* order|more lyrics at)',
@@ -42,8 +51,12 @@ BOILERPLATE = re.compile(
 class BuildConfig:
     """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
 
-    input: str = 'crawl/songs.jsonl'  # what the scraper exported, or any JSON Lines of the same fields
-    output: str = 'data/darklyrics/lyrics.jsonl'  # where the songs go; the report is written beside it
+    input: str = (
+        'crawl/songs.jsonl'  # what the scraper exported, or any JSON Lines of the same fields
+    )
+    output: str = (
+        'data/darklyrics/lyrics.jsonl'  # where the songs go; the report is written beside it
+    )
     # What to leave out
     min_lines: int = 2  # songs with fewer lines of words
     similarity: float = 0.7  # songs that share so much of their three-word sequences with another one; 1 leaves exact doubles out only
@@ -62,7 +75,9 @@ class BuildConfig:
         if self.years and not re.fullmatch(r'\d{4}-\d{4}', self.years):
             raise ValueError(f'years={self.years}: expected two years, as in 1984-1999')
         if (self.genres or self.countries) and not self.metadata:
-            raise ValueError('genres and countries stand in a table of your own: name it with --metadata=FILE.csv')
+            raise ValueError(
+                'genres and countries stand in a table of your own: name it with --metadata=FILE.csv'
+            )
 
 
 def tidy(lyrics: str) -> tuple[str, int]:
@@ -75,7 +90,10 @@ def tidy(lyrics: str) -> tuple[str, int]:
 def nice_name(name: str) -> str:
     """The site writes all artists in capitals; words are easier to learn as they are written elsewhere."""
     return (
-        ' '.join(word[:1] + word[1:].lower() if word.isupper() and len(word) > 1 else word for word in name.split(' '))
+        ' '.join(
+            word[:1] + word[1:].lower() if word.isupper() and len(word) > 1 else word
+            for word in name.split(' ')
+        )
         if name.isupper()
         else name
     )
@@ -101,7 +119,12 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             rows = [
-                {(k or '').strip().lower(): (v or '').strip() for k, v in row.items() if isinstance(v, str)} for row in csv.DictReader(f)
+                {
+                    (k or '').strip().lower(): (v or '').strip()
+                    for k, v in row.items()
+                    if isinstance(v, str)
+                }
+                for row in csv.DictReader(f)
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'metadata={path}: cannot be read ({error})') from None
@@ -110,7 +133,9 @@ def read_metadata(path: str) -> dict[str, dict[str, str]]:
     return {row['artist'].casefold(): row for row in rows if row.get('artist')}
 
 
-def chosen(config: BuildConfig, songs: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+def chosen(
+    config: BuildConfig, songs: Iterator[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], str]]:
     """(song, why it is left out or '') for each song, by what it says itself."""
     table = read_metadata(config.metadata) if config.metadata else {}
     artists = {name.casefold() for name in config.artists or []}
@@ -122,7 +147,9 @@ def chosen(config: BuildConfig, songs: Iterator[dict[str, Any]]) -> Iterator[tup
         identify = py3langid.classify
         unknown = set(config.languages) - set(py3langid.langid._get_identifier().labels)
         if unknown:
-            raise UserError(f'languages={sorted(unknown)[0]}: expected two-letter codes such as en, de, fi')
+            raise UserError(
+                f'languages={sorted(unknown)[0]}: expected two-letter codes such as en, de, fi'
+            )
     for song in songs:
         if not isinstance(song.get('lyrics'), str) or not isinstance(song.get('artist'), str):
             yield song, 'no lyrics or artist field'
@@ -136,7 +163,11 @@ def chosen(config: BuildConfig, songs: Iterator[dict[str, Any]]) -> Iterator[tup
         )
         lines = [line for line in lyrics.split('\n') if line and not re.fullmatch(r'\[.*\]', line)]
         row = table.get(song['artist'].casefold(), {})
-        year = int(song['year'] or row.get('year') or 0) if str(song['year'] or row.get('year') or 0).isdigit() else 0
+        year = (
+            int(song['year'] or row.get('year') or 0)
+            if str(song['year'] or row.get('year') or 0).isdigit()
+            else 0
+        )
         if song['removed']:
             yield song, "removed at the copyright holder's request"
         elif song['instrumental'] or not lines:
@@ -149,9 +180,13 @@ def chosen(config: BuildConfig, songs: Iterator[dict[str, Any]]) -> Iterator[tup
             yield song, 'another artist'
         elif not first <= year <= last:
             yield song, 'another year'
-        elif config.genres and not any(g.casefold() in row.get('genre', '').casefold() for g in config.genres):
+        elif config.genres and not any(
+            g.casefold() in row.get('genre', '').casefold() for g in config.genres
+        ):
             yield song, 'another genre, or none known'
-        elif config.countries and row.get('country', '').casefold() not in {c.casefold() for c in config.countries}:
+        elif config.countries and row.get('country', '').casefold() not in {
+            c.casefold() for c in config.countries
+        }:
             yield song, 'another country, or none known'
         elif identify and identify(' '.join(lines)[:2000])[0] not in (config.languages or []):
             yield song, 'another language'
@@ -170,13 +205,19 @@ def find_doubles(songs: list[dict[str, Any]], similarity: float) -> dict[int, tu
     def rank(n: int) -> tuple:
         song = songs[n]
         kind = str(song['album_type']).lower()
-        return KEEP_FIRST.index(kind) if kind in KEEP_FIRST else len(KEEP_FIRST), song['year'] or 9999, n
+        return (
+            KEEP_FIRST.index(kind) if kind in KEEP_FIRST else len(KEEP_FIRST),
+            song['year'] or 9999,
+            n,
+        )
 
     order = sorted(range(len(songs)), key=rank)
     doubles: dict[int, tuple[int, str]] = {}
     first: dict[bytes, int] = {}
     for n in order:
-        key = hashlib.blake2b(' '.join(words_of(songs[n]['lyrics'])).encode(), digest_size=16).digest()
+        key = hashlib.blake2b(
+            ' '.join(words_of(songs[n]['lyrics'])).encode(), digest_size=16
+        ).digest()
         if first.setdefault(key, n) != n:
             doubles[n] = first[key], 'the same words as another song'
     if similarity == 1:
@@ -189,7 +230,9 @@ def find_doubles(songs: list[dict[str, Any]], similarity: float) -> dict[int, tu
         sketch.update_batch([s.encode() for s in shingles(words_of(songs[n]['lyrics']))])
         signatures[i] = sketch.hashvalues
     for band in range(BANDS):
-        rows = np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS]).view('V16').ravel()
+        rows = (
+            np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS]).view('V16').ravel()
+        )
         meeting: dict[bytes, list[int]] = {}
         for i, row in enumerate(map(bytes, rows)):
             stays = meeting.setdefault(row, [])
@@ -213,7 +256,9 @@ def main() -> None:
     """Build the dataset that the command line names."""
     config = configure(BuildConfig, description='Turn a crawl into a clean dataset.')
     if not os.path.isfile(config.input):
-        raise UserError(f'{config.input}: no such file; crawl first: python scrapers/darklyrics_scraper.py --letters=…')
+        raise UserError(
+            f'{config.input}: no such file; crawl first: python scrapers/darklyrics_scraper.py --letters=…'
+        )
     report = os.path.splitext(config.output)[0] + '.report.json'
     songs: list[dict[str, Any]] = []
     out: list[dict[str, Any]] = []
@@ -221,14 +266,27 @@ def main() -> None:
     for song, why in chosen(config, read_jsonl(config.input)):
         total += 1
         if why:
-            out.append({'url': song.get('url'), 'artist': song.get('artist'), 'title': song.get('title'), 'why': why})
+            out.append(
+                {
+                    'url': song.get('url'),
+                    'artist': song.get('artist'),
+                    'title': song.get('title'),
+                    'why': why,
+                }
+            )
         else:
             lines_taken += song.pop('taken')
             songs.append({field: song[field] for field in FIELDS})
     doubles = find_doubles(songs, config.similarity)
     for n, (other, why) in sorted(doubles.items()):
         out.append(
-            {'url': songs[n]['url'], 'artist': songs[n]['artist'], 'title': songs[n]['title'], 'why': why, 'of': songs[other]['url']}
+            {
+                'url': songs[n]['url'],
+                'artist': songs[n]['artist'],
+                'title': songs[n]['title'],
+                'why': why,
+                'of': songs[other]['url'],
+            }
         )
     kept = [song for n, song in enumerate(songs) if n not in doubles]
     if not kept:
@@ -240,7 +298,13 @@ def main() -> None:
             f.writelines(json.dumps(song, ensure_ascii=False) + '\n' for song in kept)
         with open(report + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
             json.dump(
-                {'read': total, 'kept': len(kept), 'boilerplate_lines': lines_taken, 'left_out': dict(counts.most_common()), 'songs': out},
+                {
+                    'read': total,
+                    'kept': len(kept),
+                    'boilerplate_lines': lines_taken,
+                    'left_out': dict(counts.most_common()),
+                    'songs': out,
+                },
                 f,
                 ensure_ascii=False,
                 indent=0,

@@ -46,7 +46,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 from configurator import UserError, configure, run  # noqa: E402
 
 AGENT = 'lyreGPT'
-USER_AGENT = f'{AGENT}/1.0 (a lyrics corpus for private study; one request at a time; obeys robots.txt)'
+USER_AGENT = (
+    f'{AGENT}/1.0 (a lyrics corpus for private study; one request at a time; obeys robots.txt)'
+)
 LETTERS = [*'abcdefghijklmnopqrstuvwxyz', '19']
 LETTER, ARTIST, ALBUM = 'letter', 'artist', 'album'
 PATHS = {  # what a link of each kind may look like; anything else is never followed
@@ -62,8 +64,12 @@ class ScrapeConfig:
     """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
 
     # What to fetch
-    letters: list[str] | None = None  # a … z and 19 (names that begin with no letter), as in --letters=a,b,19; or all
-    artists: str = ''  # names, as in --artists="Quillmoth,Thawferry", or a file with a name on each line
+    letters: list[str] | None = (
+        None  # a … z and 19 (names that begin with no letter), as in --letters=a,b,19; or all
+    )
+    artists: str = (
+        ''  # names, as in --artists="Quillmoth,Thawferry", or a file with a name on each line
+    )
     max_albums: int = 0  # stop after this many album pages; 0: no limit
     max_requests: int = 0  # stop after this many requests; 0: no limit
     base_url: str = 'http://www.darklyrics.com'  # the site, or another one built like it
@@ -89,12 +95,18 @@ class ScrapeConfig:
             raise ValueError(f'timeout={self.timeout}: expected more than 0 seconds')
         site = urllib.parse.urlsplit(self.base_url)
         if site.scheme not in ('http', 'https') or not site.hostname:
-            raise ValueError(f'base_url={self.base_url}: expected an address such as http://www.darklyrics.com')
+            raise ValueError(
+                f'base_url={self.base_url}: expected an address such as http://www.darklyrics.com'
+            )
         if self.delay < 1 and not (self.local and is_local(site.hostname)):
-            raise ValueError(f'delay={self.delay}: below one second only for a site on this machine, with --local')
+            raise ValueError(
+                f'delay={self.delay}: below one second only for a site on this machine, with --local'
+            )
         for letter in self.letters or []:
             if letter.lower() not in (*LETTERS, 'all'):
-                raise ValueError(f'letters={letter}: expected a … z, 19 (names that begin with no letter) or all')
+                raise ValueError(
+                    f'letters={letter}: expected a … z, 19 (names that begin with no letter) or all'
+                )
 
 
 def is_local(host: str) -> bool:
@@ -120,22 +132,34 @@ codecs.register_error('cp1252', _cp1252)
 
 def soup_of(body: bytes) -> BeautifulSoup:
     """The page's tree. The bytes are UTF-8 whatever the header says; what is not is read as Windows' Latin."""
-    text = body.decode('utf-8', 'cp1252').replace('\0', '').replace('<![', '&lt;![')  # marked sections are no HTML and upset the parser
+    text = (
+        body.decode('utf-8', 'cp1252').replace('\0', '').replace('<![', '&lt;![')
+    )  # marked sections are no HTML and upset the parser
     try:
         return BeautifulSoup(text, 'html.parser')
     except ParserRejectedMarkup:
-        return BeautifulSoup('', 'html.parser')  # reads as a page of another kind, and is reported as one
+        return BeautifulSoup(
+            '', 'html.parser'
+        )  # reads as a page of another kind, and is reported as one
 
 
-def links_of(soup: BeautifulSoup, path: str, kind: str, root: Tag | None = None) -> list[tuple[str, str]]:
+def links_of(
+    soup: BeautifulSoup, path: str, kind: str, root: Tag | None = None
+) -> list[tuple[str, str]]:
     """(path, text) of the links to pages of `kind` under `root`, in order, each once. Other hosts and odd paths are no links."""
     found: dict[str, str] = {}
     for a in (root or soup).find_all('a', href=True):
         try:
-            url = urllib.parse.urlsplit(urllib.parse.urljoin('http://site' + path, str(a['href']).strip()))
+            url = urllib.parse.urlsplit(
+                urllib.parse.urljoin('http://site' + path, str(a['href']).strip())
+            )
         except ValueError:
             continue
-        if url.netloc in ('site', 'www.darklyrics.com') and PATHS[kind].fullmatch(url.path) and '..' not in url.path:
+        if (
+            url.netloc in ('site', 'www.darklyrics.com')
+            and PATHS[kind].fullmatch(url.path)
+            and '..' not in url.path
+        ):
             found.setdefault(url.path, ' '.join(a.get_text().split()))
     return list(found.items())
 
@@ -168,8 +192,13 @@ def read_artist(body: bytes, path: str) -> list[tuple[str, str]] | None:
     return list(found.items())
 
 
-HEADING = re.compile(r'\s*(?P<type>[^:"]{1,30}?)\s*:\s*"(?P<name>.*)"\s*(?:\((?P<year>\d{4})\))?\s*', re.S)
-REMOVED = re.compile(r'\W*(?:the(?:se)?\s+)?lyrics\s+(?:were|have been)\s+removed\b[^\n]*(?:copyright|request)[^\n]*', re.I)
+HEADING = re.compile(
+    r'\s*(?P<type>[^:"]{1,30}?)\s*:\s*"(?P<name>.*)"\s*(?:\((?P<year>\d{4})\))?\s*', re.S
+)
+REMOVED = re.compile(
+    r'\W*(?:the(?:se)?\s+)?lyrics\s+(?:were|have been)\s+removed\b[^\n]*(?:copyright|request)[^\n]*',
+    re.I,
+)
 INSTRUMENTAL = re.compile(r'\W*instrumental\W*', re.I)
 
 
@@ -190,7 +219,11 @@ def read_album(body: bytes, path: str) -> tuple[list[dict[str, Any]], list[str]]
     heading = clean(top.h2.get_text()) if top and top.h2 else ''
     match = HEADING.fullmatch(heading)
     if match:
-        album, album_type, year = match['name'].strip(), match['type'].strip(), int(match['year']) if match['year'] else None
+        album, album_type, year = (
+            match['name'].strip(),
+            match['type'].strip(),
+            int(match['year']) if match['year'] else None,
+        )
     else:
         album, album_type, year = heading.strip(' :"'), 'non-album', None
         if 'non-album' not in heading.lower() and 'other' not in heading.lower():
@@ -204,7 +237,10 @@ def read_album(body: bytes, path: str) -> tuple[list[dict[str, Any]], list[str]]
 
     def finish() -> None:
         if songs:
-            songs[-1] |= {'lyrics': lay_out(''.join(text)), 'notes': [n for n in map(clean, notes) if n]}
+            songs[-1] |= {
+                'lyrics': lay_out(''.join(text)),
+                'notes': [n for n in map(clean, notes) if n],
+            }
         elif clean(''.join(text)):
             problems.append(f'text before the first song: {clean("".join(text))[:80]!r}')
         text.clear()
@@ -221,7 +257,12 @@ def read_album(body: bytes, path: str) -> tuple[list[dict[str, Any]], list[str]]
                 number = re.match(r'\s*(\d{1,3})\s*\.\s*', title)
                 if not number:
                     problems.append(f'song heading {title[:80]!r} has no number')
-                songs.append({'track': int(number[1]) if number else len(songs) + 1, 'title': title[number.end() :] if number else title})
+                songs.append(
+                    {
+                        'track': int(number[1]) if number else len(songs) + 1,
+                        'title': title[number.end() :] if number else title,
+                    }
+                )
                 skipped.add(id(node))
             elif node.name == 'br':
                 text.append('\n')
@@ -241,7 +282,12 @@ def read_album(body: bytes, path: str) -> tuple[list[dict[str, Any]], list[str]]
             elif node.name in ('i', 'em'):
                 noted.add(id(node))
                 notes.append(node.get_text())
-        elif isinstance(node, NavigableString) and not isinstance(node, Comment) and type(node) is NavigableString and not parent_skipped:
+        elif (
+            isinstance(node, NavigableString)
+            and not isinstance(node, Comment)
+            and type(node) is NavigableString
+            and not parent_skipped
+        ):
             text.append(re.sub(r'\s+', ' ', node))
     finish()
     for number, song in enumerate(songs, 1):
@@ -287,7 +333,9 @@ def clean(text: str) -> str:
 
 def lay_out(text: str) -> str:
     """Several lines: blanks at their ends off, empty lines at the beginning and end off, mojibake repaired."""
-    return '\n'.join(' '.join(line.split(' ')).strip() for line in ftfy.fix_encoding(text).split('\n')).strip('\n')
+    return '\n'.join(
+        ' '.join(line.split(' ')).strip() for line in ftfy.fix_encoding(text).split('\n')
+    ).strip('\n')
 
 
 READERS = {LETTER: read_letter, ARTIST: read_artist, ALBUM: read_album}
@@ -332,14 +380,26 @@ class Store:
         if owner and not self.base_url:
             self.base_url = owner[0]
         if owner and owner[0] != self.base_url:
-            raise UserError(f'{self.path} holds a crawl of {owner[0]}, not of {self.base_url}: name another --crawl_dir')
+            raise UserError(
+                f'{self.path} holds a crawl of {owner[0]}, not of {self.base_url}: name another --crawl_dir'
+            )
         if not owner:
             self.db.execute('INSERT INTO crawl VALUES (?)', (self.base_url,))
 
-    def save(self, path: str, kind: str, status: int, headers: Any, body: bytes, found: Any) -> None:
+    def save(
+        self, path: str, kind: str, status: int, headers: Any, body: bytes, found: Any
+    ) -> None:
         """Write a page and all that was read from it, whole or not at all."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-        page = (path, kind, status, now, headers.get('ETag'), headers.get('Last-Modified'), zlib.compress(body, 9))
+        page = (
+            path,
+            kind,
+            status,
+            now,
+            headers.get('ETag'),
+            headers.get('Last-Modified'),
+            zlib.compress(body, 9),
+        )
         self.db.execute('BEGIN')
         try:
             self.db.execute('INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)', page)
@@ -357,12 +417,16 @@ class Store:
             songs, problems = found
             for n, song in enumerate(songs):
                 song |= {'url': f'{self.base_url}{path}#{song["track"]}', 'fetched_at': fetched_at}
-                self.db.execute('INSERT INTO songs VALUES (?, ?, ?)', (path, n, json.dumps(song, ensure_ascii=False)))
+                self.db.execute(
+                    'INSERT INTO songs VALUES (?, ?, ?)',
+                    (path, n, json.dumps(song, ensure_ascii=False)),
+                )
             for reason in dict.fromkeys(problems):
                 self.db.execute('INSERT INTO problems VALUES (?, ?, ?)', (path, reason, fetched_at))
         else:
             self.db.executemany(
-                'INSERT INTO links VALUES (?, ?, ?, ?)', [(path, n, child, label) for n, (child, label) in enumerate(found or [])]
+                'INSERT INTO links VALUES (?, ?, ?, ?)',
+                [(path, n, child, label) for n, (child, label) in enumerate(found or [])],
             )
 
     def problem(self, path: str, reason: str) -> None:
@@ -376,18 +440,29 @@ class Store:
 
     def validators(self, path: str) -> dict[str, str]:
         """The headers that ask for a page only if it changed since we fetched it."""
-        etag, modified = self.db.execute('SELECT etag, modified FROM pages WHERE path = ?', (path,)).fetchone() or (None, None)
-        return ({'If-None-Match': etag} if etag else {}) | ({'If-Modified-Since': modified} if modified else {})
+        etag, modified = self.db.execute(
+            'SELECT etag, modified FROM pages WHERE path = ?', (path,)
+        ).fetchone() or (None, None)
+        return ({'If-None-Match': etag} if etag else {}) | (
+            {'If-Modified-Since': modified} if modified else {}
+        )
 
     def children(self, path: str) -> list[tuple[str, str]]:
         """(path, label) of the pages that this one links to, in its order."""
-        return self.db.execute('SELECT child, label FROM links WHERE parent = ? ORDER BY place', (path,)).fetchall()
+        return self.db.execute(
+            'SELECT child, label FROM links WHERE parent = ? ORDER BY place', (path,)
+        ).fetchall()
 
     def read_again(self) -> int:
         """Read all kept pages anew with the parser as it is now; returns how many."""
-        paths = [row[0] for row in self.db.execute('SELECT path FROM pages WHERE status = 200 ORDER BY path')]
+        paths = [
+            row[0]
+            for row in self.db.execute('SELECT path FROM pages WHERE status = 200 ORDER BY path')
+        ]
         for path in tqdm(paths, desc='reading', unit='page', disable=None):
-            kind, fetched_at, body = self.db.execute('SELECT kind, fetched_at, body FROM pages WHERE path = ?', (path,)).fetchone()
+            kind, fetched_at, body = self.db.execute(
+                'SELECT kind, fetched_at, body FROM pages WHERE path = ?', (path,)
+            ).fetchone()
             self.db.execute('BEGIN')
             self._read(path, kind, READERS[kind](zlib.decompress(body), path), fetched_at)
             self.db.execute('COMMIT')
@@ -396,12 +471,20 @@ class Store:
     def export(self) -> None:
         """Write songs.jsonl and report.jsonl, in a fixed order, each whole or not at all."""
         for name, rows in (
-            ('songs.jsonl', (row[0] for row in self.db.execute('SELECT song FROM songs ORDER BY path, place'))),
+            (
+                'songs.jsonl',
+                (row[0] for row in self.db.execute('SELECT song FROM songs ORDER BY path, place')),
+            ),
             (
                 'report.jsonl',
                 (
-                    json.dumps({'page': self.base_url + path, 'reason': reason, 'at': at}, ensure_ascii=False)
-                    for path, reason, at in self.db.execute('SELECT * FROM problems ORDER BY path, reason')
+                    json.dumps(
+                        {'page': self.base_url + path, 'reason': reason, 'at': at},
+                        ensure_ascii=False,
+                    )
+                    for path, reason, at in self.db.execute(
+                        'SELECT * FROM problems ORDER BY path, reason'
+                    )
                 ),
             ),
         ):
@@ -416,10 +499,14 @@ class Store:
 
     def summary(self) -> str:
         """What is here, in a line."""
+
         def count(query: str) -> int:
             return self.db.execute(query).fetchone()[0]
 
-        pages = {kind: count(f"SELECT count(*) FROM pages WHERE kind = '{kind}' AND status = 200") for kind in READERS}
+        pages = {
+            kind: count(f"SELECT count(*) FROM pages WHERE kind = '{kind}' AND status = 200")
+            for kind in READERS
+        }
         known = count("SELECT count(DISTINCT child) FROM links WHERE child LIKE '/lyrics/%'")
         songs = count('SELECT count(*) FROM songs')
         silent = count("SELECT count(*) FROM songs WHERE json_extract(song, '$.lyrics') = ''")
@@ -446,7 +533,9 @@ class Site:
         self.session = requests.Session()
         self.session.trust_env = False  # no proxies, no credentials from elsewhere
         self.session.headers.clear()
-        self.session.headers.update({'User-Agent': USER_AGENT, 'Accept': 'text/html', 'Accept-Encoding': 'gzip'})
+        self.session.headers.update(
+            {'User-Agent': USER_AGENT, 'Accept': 'text/html', 'Accept-Encoding': 'gzip'}
+        )
         self.session.cookies.set_policy(_NoCookies())
         self.pace = self.floor = config.delay
         self.requests = self.odd_pages = self.failed_pages = 0
@@ -463,9 +552,13 @@ class Site:
                 f'{self.base} could not be reached ({type(error).__name__}); is the address right, is there a network?'
             ) from None
         if status == 403:
-            raise Stop('robots.txt was refused with status 403: the site seems to block us; wait a day before you try again')
+            raise Stop(
+                'robots.txt was refused with status 403: the site seems to block us; wait a day before you try again'
+            )
         if status >= 500 or status == 429:
-            raise Stop(f'robots.txt answered with status {status}, so we do not know what is allowed; try again later')
+            raise Stop(
+                f'robots.txt answered with status {status}, so we do not know what is allowed; try again later'
+            )
         self.robots.parse(body.decode('utf-8', 'replace').splitlines() if status == 200 else [])
         wish = self.robots.crawl_delay(AGENT)
         if wish:
@@ -475,7 +568,9 @@ class Site:
         """May robots.txt let us fetch this?"""
         return self.robots.can_fetch(AGENT, self.base + path)
 
-    def get(self, path: str, kind: str, headers: dict[str, str]) -> tuple[int, Any, bytes, Any] | str:
+    def get(
+        self, path: str, kind: str, headers: dict[str, str]
+    ) -> tuple[int, Any, bytes, Any] | str:
         """(status, headers, body, what was read), tried until it is good; or why it could not be had this time.
 
         Raises Stop when the site turns us away: a 403, or three pages in a row that are empty, foreign or silent.
@@ -506,13 +601,18 @@ class Site:
                 wait = max(wait, after(answer.get('Retry-After')))
                 continue
             if status == 200 and body and b'</html>' not in body[-200:].lower() and body != before:
-                reason, before = 'the page ends in the middle', body  # the same bytes twice are the whole page
+                reason, before = (
+                    'the page ends in the middle',
+                    body,
+                )  # the same bytes twice are the whole page
                 continue
             found = READERS[kind](body, path) if status == 200 else None
             if found is None:
                 odd += 1
                 text = clean(soup_of(body[:20000]).get_text(' '))[:120] if body else ''
-                reason = f'status {status}, ' + (f'a page of another kind: {text!r}' if body else 'an empty page')
+                reason = f'status {status}, ' + (
+                    f'a page of another kind: {text!r}' if body else 'an empty page'
+                )
                 if odd < 3:
                     continue
                 break
@@ -525,7 +625,9 @@ class Site:
                 f'three pages in a row were not what the site holds (the last: {reason}); the site seems to block us. All is kept; wait a day, then go on'
             )
         if self.failed_pages >= 3:
-            raise Stop(f'three pages in a row could not be had (the last: {reason}). All is kept; go on later with the same command')
+            raise Stop(
+                f'three pages in a row could not be had (the last: {reason}). All is kept; go on later with the same command'
+            )
         return reason
 
     def slow_down(self) -> None:
@@ -544,7 +646,13 @@ class Site:
             self.requests += 1
             began = time.monotonic()
             try:
-                with self.session.get(url, headers=headers, timeout=self.config.timeout, allow_redirects=False, stream=True) as answer:
+                with self.session.get(
+                    url,
+                    headers=headers,
+                    timeout=self.config.timeout,
+                    allow_redirects=False,
+                    stream=True,
+                ) as answer:
                     body = b''
                     # read1 gives what has come: waiting for whole blocks, a page that drips would hold us for hours
                     while chunk := answer.raw.read1(1 << 16, decode_content=True):
@@ -564,7 +672,9 @@ class Site:
             if answer.status_code not in (301, 302, 303, 307, 308):
                 return answer.status_code, answer.headers, body
             target = urllib.parse.urljoin(url, answer.headers.get('Location', ''))
-            if not target.startswith(self.base + '/') or not any(p.fullmatch(urllib.parse.urlsplit(target).path) for p in PATHS.values()):
+            if not target.startswith(self.base + '/') or not any(
+                p.fullmatch(urllib.parse.urlsplit(target).path) for p in PATHS.values()
+            ):
                 return answer.status_code, answer.headers, b''  # leaves the site: not followed
             url = target
         raise requests.exceptions.TooManyRedirects('a loop of redirects')
@@ -581,7 +691,9 @@ def after(value: str | None) -> float:
         if value and value.strip().isdigit():
             return min(float(value), 3600.0)
         when = email.utils.parsedate_to_datetime(value or '')
-        return min(max(0.0, (when - datetime.datetime.now(datetime.timezone.utc)).total_seconds()), 3600.0)
+        return min(
+            max(0.0, (when - datetime.datetime.now(datetime.timezone.utc)).total_seconds()), 3600.0
+        )
     except (TypeError, ValueError):
         return 0.0
 
@@ -594,7 +706,13 @@ class Crawl:
     """Walks from the letters to the bands and their albums, each page once."""
 
     def __init__(self, config: ScrapeConfig, store: Store, site: Site):
-        self.config, self.store, self.site, self.new_albums, self.new_songs = config, store, site, 0, 0
+        self.config, self.store, self.site, self.new_albums, self.new_songs = (
+            config,
+            store,
+            site,
+            0,
+            0,
+        )
         self.next_line = 0
         self.bar = tqdm(unit='page', disable=None, dynamic_ncols=True)
 
@@ -610,7 +728,9 @@ class Crawl:
         if isinstance(answer, str):
             self.store.problem(path, f'left for the next run: {answer}')
         elif answer[0] in (404, 410) and have:
-            self.store.problem(path, f'gone since we fetched it (status {answer[0]}); the kept page stays')
+            self.store.problem(
+                path, f'gone since we fetched it (status {answer[0]}); the kept page stays'
+            )
         elif answer[0] != 304:
             self.store.save(path, kind, *answer)
             self.new_songs += len(answer[3][0]) if kind == ALBUM and answer[3] else 0
@@ -622,18 +742,27 @@ class Crawl:
     def run(self) -> None:
         """Fetch all that was asked for and is not there yet. Raises Stop at a limit or when the site turns us away."""
         wanted = {fold(name): name for name in names_of(self.config.artists)}
-        letters = [x.lower() for x in self.config.letters or []] or sorted({letter_of(name) for name in wanted.values()})
+        letters = [x.lower() for x in self.config.letters or []] or sorted(
+            {letter_of(name) for name in wanted.values()}
+        )
         artists: list[tuple[str, str]] = []
         for letter in LETTERS if 'all' in letters else letters:
             found = self.page(f'/{letter}.html', LETTER)
             artists += [(path, name) for path, name in found if not wanted or fold(name) in wanted]
             if not found:
                 tqdm.write(f'letter {letter}: no artists were found there')
-            missing = [name for key, name in wanted.items() if letter_of(name) == letter and key not in {fold(n) for _, n in found}]
+            missing = [
+                name
+                for key, name in wanted.items()
+                if letter_of(name) == letter and key not in {fold(n) for _, n in found}
+            ]
             if missing:
-                near = difflib.get_close_matches(missing[0].upper(), [n.upper() for _, n in found], 3)
+                near = difflib.get_close_matches(
+                    missing[0].upper(), [n.upper() for _, n in found], 3
+                )
                 raise UserError(
-                    f'artist {missing[0]!r} is not under {letter.upper()}' + (f'; did you mean {" or ".join(near)}?' if near else '')
+                    f'artist {missing[0]!r} is not under {letter.upper()}'
+                    + (f'; did you mean {" or ".join(near)}?' if near else '')
                 )
         artists = list(dict(artists).items())
         for number, (path, name) in enumerate(artists):
@@ -655,7 +784,9 @@ class Crawl:
                     f'about {left} requests and {left * self.site.pace * 1.2 / 3600:.1f} hours left'
                 )
                 self.bar.set_postfix_str(told)
-                if self.bar.disable and self.site.requests >= self.next_line:  # no terminal: a plain line now and then
+                if (
+                    self.bar.disable and self.site.requests >= self.next_line
+                ):  # no terminal: a plain line now and then
                     self.next_line = self.site.requests + 50
                     print(told, flush=True)
 
@@ -683,11 +814,17 @@ def letter_of(name: str) -> str:
 def scrape(config: ScrapeConfig) -> None:
     """Do what the config says. Raises UserError for what stops the crawl; all that was fetched is kept then."""
     if not (config.stats or config.parse_only or config.letters or config.artists):
-        raise UserError('choose what to fetch: --letters=a,b,19 or --artists="Name,Name"; --letters=all takes weeks')
-    if (config.stats or config.parse_only) and not os.path.exists(os.path.join(config.crawl_dir, 'pages.sqlite')):
+        raise UserError(
+            'choose what to fetch: --letters=a,b,19 or --artists="Name,Name"; --letters=all takes weeks'
+        )
+    if (config.stats or config.parse_only) and not os.path.exists(
+        os.path.join(config.crawl_dir, 'pages.sqlite')
+    ):
         raise UserError(f'{config.crawl_dir}: no crawl is there')
     try:
-        with contextlib.closing(Store(config.crawl_dir, None if config.stats or config.parse_only else config.base_url)) as store:
+        with contextlib.closing(
+            Store(config.crawl_dir, None if config.stats or config.parse_only else config.base_url)
+        ) as store:
             if config.stats:
                 return print(store.summary())
             if config.parse_only:
@@ -703,7 +840,9 @@ def scrape(config: ScrapeConfig) -> None:
             finally:
                 crawl.bar.close()
                 store.export()
-                print(f'{crawl.site.requests:,} requests in this run. {config.crawl_dir}: {store.summary()}')
+                print(
+                    f'{crawl.site.requests:,} requests in this run. {config.crawl_dir}: {store.summary()}'
+                )
         if why and 'reached' not in why:
             raise UserError(f'stopped: {why}')
         if why:

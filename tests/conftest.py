@@ -42,7 +42,9 @@ def mistake(capsys, main, *words):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(sys, 'argv', ['script.py', *map(str, words)])
         run(main)
-    said = [line for line in capsys.readouterr().err.splitlines() if 'parameters, cpu' not in line]  # sample.py: which model it was
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if 'parameters, cpu' not in line
+    ]  # sample.py: which model it was
     assert left.value.code == 2 and len(said) == 1, said
     return said[0]
 

@@ -48,7 +48,9 @@ def demo_songs():
 
 def one_in(n, *key):
     """True for about one key in n, and always for the same ones."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), 'big') % n == 0
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), 'big') % n == 0
+    )
 
 
 def album_path(song):
@@ -56,8 +58,13 @@ def album_path(song):
 
 
 def artist_path(song):
-    slug, first = album_path(song).split('/')[2], unicodedata.normalize('NFKD', song['artist'])[0].lower()
-    letter = first if first in LETTERS else slug[0] if first.isalpha() and slug[0] in LETTERS else '19'
+    slug, first = (
+        album_path(song).split('/')[2],
+        unicodedata.normalize('NFKD', song['artist'])[0].lower(),
+    )
+    letter = (
+        first if first in LETTERS else slug[0] if first.isalpha() and slug[0] in LETTERS else '19'
+    )
     return f'/{letter}/{slug}.html'
 
 
@@ -68,8 +75,16 @@ def album_credits(path):
     names = ['Ulla Brandt', 'Per Snoo', 'Odo & Ida Kvist', 'Zdenka Mort', 'Lars "Lid" Holm']
     turn = zlib.crc32(path.encode()) % len(names)
     names = names[turn:] + names[:turn]
-    lines = [f'{names[0]} - Drums', f'{names[1]} & {names[2]} - Guitars, Kettle', f'Thanks to {names[3].split()[0].lower()}_66']
-    lines[-1] += ' for sending track # 1 lyrics.' if one_in(2, 'one', path) else ' & a friend for sending tracks ## 1, 2 lyrics.'
+    lines = [
+        f'{names[0]} - Drums',
+        f'{names[1]} & {names[2]} - Guitars, Kettle',
+        f'Thanks to {names[3].split()[0].lower()}_66',
+    ]
+    lines[-1] += (
+        ' for sending track # 1 lyrics.'
+        if one_in(2, 'one', path)
+        else ' & a friend for sending tracks ## 1, 2 lyrics.'
+    )
     return lines
 
 
@@ -79,7 +94,10 @@ def crlf(text):
 
 def page(title, body, up=''):
     """The template around every page; its lines end in CRLF, the body is taken as it is."""
-    bar = ' '.join(f'<a href="{up}{letter}.html">{"#" if letter == "19" else letter.upper()}</a>' for letter in LETTERS)
+    bar = ' '.join(
+        f'<a href="{up}{letter}.html">{"#" if letter == "19" else letter.upper()}</a>'
+        for letter in LETTERS
+    )
     head = f"""<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Transitional//EN" "http://www.w3.org/TR/xhtml1/DTD/xhtml1-transitional.dtd">
 <html xmlns="http://www.w3.org/1999/xhtml">
 <head>
@@ -105,7 +123,9 @@ def heading(song, quoted):
     name = html.escape(song['album'], quote=False)
     if song['album_type'] == 'non-album':
         return name
-    return f'{song["album_type"]}: {quoted.format(name)}' + (f' ({song["year"]})' if song['year'] else '')
+    return f'{song["album_type"]}: {quoted.format(name)}' + (
+        f' ({song["year"]})' if song['year'] else ''
+    )
 
 
 def lyrics_html(song):
@@ -119,7 +139,9 @@ def lyrics_html(song):
             text = re.sub(r'(\[[^\[\]]*\])', r'<i>\1</i>', text)
         if line and one_in(6, 'blank', song['url'], i):
             text += ' '
-        glued = line and all(lines[i + 1 : i + 2] or ['']) and one_in(15, 'glue', song['url'], i)  # the next line follows on this one
+        glued = (
+            line and all(lines[i + 1 : i + 2] or ['']) and one_in(15, 'glue', song['url'], i)
+        )  # the next line follows on this one
         out += text + ('<br />' if glued else '<br />\n')
     return out
 
@@ -130,20 +152,28 @@ def album_page(songs):
     title = f'{first["artist"].upper()} LYRICS - ' + (
         first['album']
         if first['album_type'] == 'non-album'
-        else f'"{first["album"]}" ' + (f'({first["year"]}) ' if first['year'] else '') + first['album_type']
+        else f'"{first["album"]}" '
+        + (f'({first["year"]}) ' if first['year'] else '')
+        + first['album_type']
     )
     back = f'<a href="{HOME}{artist_path(first)}">{name} LYRICS</a>'
-    numbered = [(song, f'{song["track"]}. {html.escape(song["title"], quote=False)}') for song in songs]
+    numbered = [
+        (song, f'{song["track"]}. {html.escape(song["title"], quote=False)}') for song in songs
+    ]
     body = f'<h1>{back}</h1>\n<div class="albumlyrics">\n<h2>{heading(first, chr(34) + "{}" + chr(34))}</h2>\n'
     body += ''.join(f'<a href="#{song["track"]}">{label}</a><br />\n' for song, label in numbered)
-    body = crlf(body + '<br /></div>\n<script src="../../rect.js"></script>\n<div class="lyrics">\n')
+    body = crlf(
+        body + '<br /></div>\n<script src="../../rect.js"></script>\n<div class="lyrics">\n'
+    )
     for song, label in numbered:
         body += f'<h3><a name="{song["track"]}">{label}</a></h3><br />'
         body += '' if song['lyrics'] and one_in(15, 'glue', song['url']) else '\r\n'
         body += lyrics_html(song) + '<br /><br />\r\n'
     tail = '\n'
     if thanks := album_credits(path):
-        tail += '<br /><div class="thanks">' + '<br />\n'.join(thanks) + '</div><br />\n\n'  # & and " stay raw here
+        tail += (
+            '<br /><div class="thanks">' + '<br />\n'.join(thanks) + '</div><br />\n\n'
+        )  # & and " stay raw here
     tail += '<br /><div class="note">A slip of the pen? Mail <a href="mailto:desk@lyrics.invalid">desk@lyrics.invalid</a></div>\n'
     return page(title, body + crlf(f'{tail}<br /><br />{back}\n</div>\n'), '../../')
 
@@ -171,7 +201,10 @@ def index_page(letter, artists):
         name = html.escape(name.upper(), quote=False) + ' ' * one_in(4, 'blank', path)
         rows.append(f'<a href="{path[1:]}">{name}</a>{" " * one_in(5, "after", path)}<br />\n')
     half = (len(rows) + 1) // 2
-    columns = [f'<div class="artists {side}">\n{"".join(some)}</div>\n' for side, some in [('fl', rows[:half]), ('fr', rows[half:])]]
+    columns = [
+        f'<div class="artists {side}">\n{"".join(some)}</div>\n'
+        for side, some in [('fl', rows[:half]), ('fr', rows[half:])]
+    ]
     shown = '#' if letter == '19' else letter.upper()
     return page(f'METAL LYRICS - {shown}', crlf(f'<h1>ARTISTS: {shown}</h1>\n' + ''.join(columns)))
 
@@ -180,7 +213,9 @@ def build_pages(songs):
     albums, artists = {}, {}
     for song in songs:
         albums.setdefault(album_path(song), []).append(song)
-    pages = {'/': page('METAL LYRICS', crlf('<h1>METAL LYRICS</h1>\n<p>Choose a letter above.</p>\n'))}
+    pages = {
+        '/': page('METAL LYRICS', crlf('<h1>METAL LYRICS</h1>\n<p>Choose a letter above.</p>\n'))
+    }
     for path, its in albums.items():
         its.sort(key=lambda song: song['track'])
         pages[path] = album_page(its)
@@ -188,7 +223,11 @@ def build_pages(songs):
     for path, its in artists.items():
         pages[path] = artist_page(its)
     for letter in LETTERS:
-        found = [(path, its[0][0]['artist']) for path, its in artists.items() if path.split('/')[1] == letter]
+        found = [
+            (path, its[0][0]['artist'])
+            for path, its in artists.items()
+            if path.split('/')[1] == letter
+        ]
         pages[f'/{letter}.html'] = index_page(letter, found)
     return pages
 
@@ -220,7 +259,9 @@ class Site:
 
     def set_faults(self, faults):
         """Replace the faults; every path starts at the first of its list again."""
-        for fault in itertools.chain.from_iterable(its for its in (faults or {}).values() if not callable(its)):
+        for fault in itertools.chain.from_iterable(
+            its for its in (faults or {}).values() if not callable(its)
+        ):
             if fault.removeprefix('always:').partition(':')[0] not in FAULTS:
                 raise ValueError(f'no such fault: {fault!r}')
         with self.lock:
@@ -230,7 +271,9 @@ class Site:
         self.stopping.clear()
         self._server = Server(('127.0.0.1', self.port), Handler)
         self._server.site, self.port = self, self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
         self._thread.start()
         return self
 
@@ -239,7 +282,9 @@ class Site:
         self._server.shutdown()
         self._server.server_close()
         with self.lock:
-            for connection in self.connections:  # a client that kept its connection must find nobody there
+            for (
+                connection
+            ) in self.connections:  # a client that kept its connection must find nobody there
                 try:
                     connection.shutdown(socket.SHUT_RDWR)
                 except OSError:
@@ -255,7 +300,9 @@ class Site:
             if query == 'x=1':  # where redirect_same leads
                 return 'ok'
             turn = self._asked[path] = self._asked.get(path, 0) + 1
-            faults = self.faults.get(path, [] if path == '/robots.txt' else self.faults.get('*', []))
+            faults = self.faults.get(
+                path, [] if path == '/robots.txt' else self.faults.get('*', [])
+            )
         if callable(faults):
             return faults(path, turn) or 'ok'
         for fault in faults[:turn]:
@@ -312,7 +359,9 @@ class Handler(BaseHTTPRequestHandler):
     def head(self, status, length=None, **headers):
         """The status line and headers; without a length the connection's end is the body's end."""
         self.send_response(status)
-        self.send_header('Content-Type', 'text/plain' if self.path == '/robots.txt' else 'text/html')  # no charset
+        self.send_header(
+            'Content-Type', 'text/plain' if self.path == '/robots.txt' else 'text/html'
+        )  # no charset
         if length is not None:
             self.send_header('Content-Length', str(length))
         elif status != 304 and 'Transfer_Encoding' not in headers:
@@ -339,20 +388,36 @@ class Handler(BaseHTTPRequestHandler):
         if fault not in FAULTS:
             raise ValueError(f'no such fault: {fault!r}')
         if fault in ('404', '403', '429', '503'):
-            wait = formatdate(math.ceil(time.time()) + 1, usegmt=True) if argument == 'date' else argument
-            texts = {'403': '403 Forbidden', '429': '429 Too Many Requests', '503': '503 Service Temporarily Unavailable'}
+            wait = (
+                formatdate(math.ceil(time.time()) + 1, usegmt=True)
+                if argument == 'date'
+                else argument
+            )
+            texts = {
+                '403': '403 Forbidden',
+                '429': '429 Too Many Requests',
+                '503': '503 Service Temporarily Unavailable',
+            }
             text = NOT_FOUND if fault == '404' else ERROR.format(texts[fault]).encode()
             self.send(int(fault), text, **({'Retry_After': wait} if wait else {}))
         elif fault in ('empty', 'block', '202'):
-            self.send(202 if fault == '202' else 200, {'empty': b'', 'block': DENIED, '202': CHALLENGE}[fault])
+            self.send(
+                202 if fault == '202' else 200,
+                {'empty': b'', 'block': DENIED, '202': CHALLENGE}[fault],
+            )
         elif fault.startswith('redirect_'):
-            target = {'away': f'http://127.0.0.2:9{path}', 'loop': path, 'same': f'{path}?x=1'}[fault[9:]]
+            target = {'away': f'http://127.0.0.2:9{path}', 'loop': path, 'same': f'{path}?x=1'}[
+                fault[9:]
+            ]
             self.send(302, ERROR.format('302 Found').encode(), Location=target)
         elif fault.startswith('cut'):
             self.close_connection = True
             if fault == 'cut_chunked':
                 self.head(200, Transfer_Encoding='chunked')
-                self.wfile.write(b'%x\r\n%s\r\n%x\r\n%s' % (half // 2, body[: half // 2], half, body[half // 2 : half]))
+                self.wfile.write(
+                    b'%x\r\n%s\r\n%x\r\n%s'
+                    % (half // 2, body[: half // 2], half, body[half // 2 : half])
+                )
             else:
                 self.head(200, len(body) if fault == 'cut' else None)
                 self.wfile.write(body[:half])
@@ -383,14 +448,21 @@ class Handler(BaseHTTPRequestHandler):
             body = body.decode(errors='replace').encode('cp1252', errors='replace')
         elif fault == 'nulls':  # before every fifth word that stands outside of tags
             turn = itertools.count()
-            body = re.sub(rb'(?<= )(?=\w[^<>]*<)', lambda _: b'\0' if next(turn) % 5 == 0 else b'', body)
+            body = re.sub(
+                rb'(?<= )(?=\w[^<>]*<)', lambda _: b'\0' if next(turn) % 5 == 0 else b'', body
+            )
         stamp = site.modified(path)
-        about = {'Last_Modified': formatdate(stamp, usegmt=True), 'ETag': f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'}
+        about = {
+            'Last_Modified': formatdate(stamp, usegmt=True),
+            'ETag': f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"',
+        }
         if (tags := self.headers.get('If-None-Match')) is not None:
             known = tags.strip() == '*' or about['ETag'] in re.findall(r'"[^"]*"', tags)
         else:
             try:
-                known = parsedate_to_datetime(self.headers['If-Modified-Since']).timestamp() >= stamp
+                known = (
+                    parsedate_to_datetime(self.headers['If-Modified-Since']).timestamp() >= stamp
+                )
             except (TypeError, ValueError):
                 known = False
         return self.head(304, **about) if known else self.send(200, body, **about)
@@ -439,28 +511,71 @@ def hostile_songs():
         ('[Untitled]', '[Spoken] Come in, come in\n[Door]\n[Door]\n\n[a bracket that never closes\nand one that closes only]'),
         ('Ø', '[Instrumental]'),
     )  # fmt: skip
-    album('Éloquex', 'loquex', 'Untitled (Yet)', 'demo', None, ('Untaped', 'No year was on the tape\nNo tape was in the year'))
+    album(
+        'Éloquex',
+        'loquex',
+        'Untitled (Yet)',
+        'demo',
+        None,
+        ('Untaped', 'No year was on the tape\nNo tape was in the year'),
+    )
     album(
         'Éloquex', 'loquex', NON_ALBUM, 'non-album', None,
         ('Stray', 'I belong to nothing\n[Chorus]\nNothing belongs to me [x 3]'),
         ('Stray (2010 version): Part 2', REMOVED),
     )  # fmt: skip
-    album('Éloquex', 'loquex', '(2001)', 'single', 2002, ('(2001)', 'A year in round arms (2001)\n- and a dash -\n* and a star *'))
-    album('7 Damp Cellars', '7dampcellars', 'Live: in "the" Well', 'live', 2016, ('Rope', '[Crowd]\n\nRope!\nRope!'), ('Bucket', ''))
-    album('7 Damp Cellars', '7dampcellars', '1', 'split', 2017, ('1. 1', '1'), ('Wide', 'one two three\n' + 'long ' * 400 + 'line'))
-    album('!Knurr', 'knurr', '???', 'compilation', 2020, ('?', '?\n!\n...\n[?]'), ('Album: "Album" (1991)', 'album: "Album" (1991)'))
+    album(
+        'Éloquex',
+        'loquex',
+        '(2001)',
+        'single',
+        2002,
+        ('(2001)', 'A year in round arms (2001)\n- and a dash -\n* and a star *'),
+    )
+    album(
+        '7 Damp Cellars',
+        '7dampcellars',
+        'Live: in "the" Well',
+        'live',
+        2016,
+        ('Rope', '[Crowd]\n\nRope!\nRope!'),
+        ('Bucket', ''),
+    )
+    album(
+        '7 Damp Cellars',
+        '7dampcellars',
+        '1',
+        'split',
+        2017,
+        ('1. 1', '1'),
+        ('Wide', 'one two three\n' + 'long ' * 400 + 'line'),
+    )
+    album(
+        '!Knurr',
+        'knurr',
+        '???',
+        'compilation',
+        2020,
+        ('?', '?\n!\n...\n[?]'),
+        ('Album: "Album" (1991)', 'album: "Album" (1991)'),
+    )
     return songs
 
 
 def main():
     words = argparse.ArgumentParser(description='Serve the demo songs as a site to crawl.')
     words.add_argument('--port', type=int, default=8000)
-    words.add_argument('--hostile', action='store_true', help='add the songs that are hard to parse')
+    words.add_argument(
+        '--hostile', action='store_true', help='add the songs that are hard to parse'
+    )
     words = words.parse_args()
     Handler.verbose = True
     with Site(demo_songs() + (hostile_songs() if words.hostile else []), port=words.port) as site:
         print(f'serving on {site.url} (stop with Ctrl-C). Now try, in another terminal:')
-        print(f'python scrapers/darklyrics_scraper.py --base_url={site.url} --letters=all --delay=0 --local', flush=True)
+        print(
+            f'python scrapers/darklyrics_scraper.py --base_url={site.url} --letters=all --delay=0 --local',
+            flush=True,
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -9,7 +9,9 @@ import sys
 import llama_cpp
 
 F32 = 0  # keys and values unrounded, as ours are
-model = llama_cpp.Llama(sys.argv[1], n_ctx=0, verbose=False, type_k=F32, type_v=F32, logits_all=True)
+model = llama_cpp.Llama(
+    sys.argv[1], n_ctx=0, verbose=False, type_k=F32, type_v=F32, logits_all=True
+)
 for prompt in sys.argv[3:]:
     ids = model.tokenize(prompt.encode())
     model.reset()

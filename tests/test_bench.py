@@ -8,18 +8,37 @@ from tests.conftest import script
 
 @pytest.mark.long
 def test_a_short_round(tmp_path):
-    done = script('bench.py', '--rounds=1', '--tokens=10', '--size=small', f'--json={tmp_path / "b.json"}', timeout=900)
+    done = script(
+        'bench.py',
+        '--rounds=1',
+        '--tokens=10',
+        '--size=small',
+        f'--json={tmp_path / "b.json"}',
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / 'b.json').read_text())['figures']
-    for name in ('train small 12x64 tokens_per_s', 'sample small float32 x1 tokens_per_s', 'data gpt2 mb_per_s', 'memory small 1x64 weights_mb'):
+    for name in (
+        'train small 12x64 tokens_per_s',
+        'sample small float32 x1 tokens_per_s',
+        'data gpt2 mb_per_s',
+        'memory small 1x64 weights_mb',
+    ):
         assert figures[name]['ours'][0] > 0, name
 
 
 def test_memory_by_parts(tmp_path):
-    done = script('bench.py', '--mode=memory', '--rounds=1', '--size=small', f'--json={tmp_path / "b.json"}')
+    done = script(
+        'bench.py', '--mode=memory', '--rounds=1', '--size=small', f'--json={tmp_path / "b.json"}'
+    )
     assert done.returncode == 0, done.stderr
-    figures = {k.split()[-1]: v['ours'][0] for k, v in json.loads((tmp_path / 'b.json').read_text())['figures'].items()}
-    assert figures['gradients_mb'] == figures['weights_mb'] and figures['optimizer_mb'] == pytest.approx(2 * figures['weights_mb'], rel=0.01)
+    figures = {
+        k.split()[-1]: v['ours'][0]
+        for k, v in json.loads((tmp_path / 'b.json').read_text())['figures'].items()
+    }
+    assert figures['gradients_mb'] == figures['weights_mb'] and figures[
+        'optimizer_mb'
+    ] == pytest.approx(2 * figures['weights_mb'], rel=0.01)
     assert '12 layers' not in done.stdout and 'memory small 1x64 weights_mb' in done.stdout
 
 
@@ -30,7 +49,10 @@ def test_a_noisy_machine_is_told(capsys):
     table.measure('run', 2, lambda: {'wall_s': next(seconds)}, lambda: {'wall_s': next(seconds)})
     table.show()
     told = capsys.readouterr().out
-    assert 'the speed of the machine itself changed' in told and 'the pairs differ by more than half' in told
+    assert (
+        'the speed of the machine itself changed' in told
+        and 'the pairs differ by more than half' in told
+    )
     assert '0.75' in told, 'the median of the ratios 0.5 and 1'
     quiet = Table(lambda: 1e9)
     quiet.measure('run', 2, lambda: {'wall_s': 1.0}, lambda: {'wall_s': 2.0})
@@ -39,8 +61,14 @@ def test_a_noisy_machine_is_told(capsys):
 
 
 @pytest.mark.parametrize(
-    'words, message', [(['--peer=nowhere'], 'not a nanoGPT checkout'), (['--rounds=0'], 'rounds=0'), (['--mode=fast'], 'one of all'),
-     (['--mode=loss', '--peer=transformers'], 'serves --mode=sample only'), (['--mode=tokens'], 'give a folder')]
+    'words, message',
+    [
+        (['--peer=nowhere'], 'not a nanoGPT checkout'),
+        (['--rounds=0'], 'rounds=0'),
+        (['--mode=fast'], 'one of all'),
+        (['--mode=loss', '--peer=transformers'], 'serves --mode=sample only'),
+        (['--mode=tokens'], 'give a folder'),
+    ],
 )
 def test_mistakes(words, message):
     done = script('bench.py', *words)

@@ -17,17 +17,28 @@ from train import train
 def test_round_trip(tmp_path):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
     path = str(tmp_path / 'ckpt.pt')
-    checkpoint.save(path, {'model': model.state_dict(), 'model_args': model.config.to_dict(), 'iter_num': 3})
+    checkpoint.save(
+        path, {'model': model.state_dict(), 'model_args': model.config.to_dict(), 'iter_num': 3}
+    )
     state = checkpoint.load(path)
     assert state['iter_num'] == 3 and os.listdir(tmp_path) == ['ckpt.pt']
     again = checkpoint.build_model(state, path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.'])
 def test_prefixes_are_removed(tmp_path, prefix):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
-    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'model_args': model.config.to_dict()}, tmp_path / 'c.pt')
+    torch.save(
+        {
+            'model': {prefix + k: v for k, v in model.state_dict().items()},
+            'model_args': model.config.to_dict(),
+        },
+        tmp_path / 'c.pt',
+    )
     checkpoint.build_model(checkpoint.load(str(tmp_path / 'c.pt')), 'c.pt')
 
 
@@ -37,7 +48,11 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
             return (os.mkdir, (str(tmp_path / 'pwned'),))
 
     for zipped in True, False:
-        torch.save({'model': {}, 'model_args': {}, 'x': Evil()}, tmp_path / 'c.pt', _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {'model': {}, 'model_args': {}, 'x': Evil()},
+            tmp_path / 'c.pt',
+            _use_new_zipfile_serialization=zipped,
+        )
         with pytest.raises(UserError, match='c.pt: refused'):
             checkpoint.load(str(tmp_path / 'c.pt'))
         assert not (tmp_path / 'pwned').exists()
@@ -46,7 +61,14 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
 def test_damaged_and_foreign_files(trained, tmp_path):
     whole = (trained / 'ckpt.pt').read_bytes()
     path = tmp_path / 'c.pt'
-    for content in b'', b'hello', whole[:100], whole[: len(whole) // 2], whole[:-10], b'PK\x03\x04' + whole[400:]:
+    for content in (
+        b'',
+        b'hello',
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-10],
+        b'PK\x03\x04' + whole[400:],
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match='c.pt: '):
             checkpoint.load(str(path))
@@ -57,23 +79,36 @@ def test_damaged_and_foreign_files(trained, tmp_path):
     with pytest.raises(UserError, match='no such checkpoint'):
         checkpoint.load(str(tmp_path / 'none.pt'))
     state = checkpoint.load(str(trained / 'ckpt.pt'))
-    for change in {'n_embd': 64}, {'n_layer': 3}, {'n_layer': 1}, {'n_head': 5}, {'colour': 'red'}, {'vocab_size': 7}:
+    for change in (
+        {'n_embd': 64},
+        {'n_layer': 3},
+        {'n_layer': 1},
+        {'n_head': 5},
+        {'colour': 'red'},
+        {'vocab_size': 7},
+    ):
         with pytest.raises(UserError, match='do not fit'):
             checkpoint.build_model(state | {'model_args': state['model_args'] | change}, 'c.pt')
 
 
-@pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='needs root on Linux to mount a small disk')
+@pytest.mark.skipif(
+    sys.platform != 'linux' or os.geteuid() != 0, reason='needs root on Linux to mount a small disk'
+)
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', str(disk)], capture_output=True
+    ).returncode:
         pytest.skip('mounting is not allowed here (no GPU, network or data would help)')
     try:
         path = str(disk / 'ckpt.pt')
         checkpoint.save(path, {'model': {'w': torch.zeros(1000)}, 'model_args': {}})
         with pytest.raises(OSError):
             checkpoint.save(path, {'model': {'w': torch.zeros(100_000)}, 'model_args': {}})
-        assert os.listdir(disk) == ['ckpt.pt'] and checkpoint.load(path)['model']['w'].shape == (1000,)
+        assert os.listdir(disk) == ['ckpt.pt'] and checkpoint.load(path)['model']['w'].shape == (
+            1000,
+        )
     finally:
         subprocess.run(['umount', str(disk)])
 
@@ -89,14 +124,20 @@ def test_a_flipped_bit_is_noticed(trained, tmp_path):
         except UserError:
             continue
         pristine = checkpoint.load(str(trained / 'ckpt.pt'))  # it hit padding between records
-        assert all(torch.equal(a, b) for a, b in zip(state['model'].values(), pristine['model'].values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(state['model'].values(), pristine['model'].values(), strict=True)
+        )
 
 
 def test_out_dir_prefers_the_best(trained, tmp_path):
     def names(where, best):
         return [os.path.basename(p) for p in checkpoint.candidates(str(where), best)]
 
-    assert names(trained, True)[:2] == ['best.pt', 'ckpt.pt'] and names(trained, False) == ['ckpt.pt', 'ckpt.prev.pt']
+    assert names(trained, True)[:2] == ['best.pt', 'ckpt.pt'] and names(trained, False) == [
+        'ckpt.pt',
+        'ckpt.prev.pt',
+    ]
     shutil.copy(trained / 'ckpt.pt', tmp_path)
     assert names(tmp_path, True) == names(tmp_path / 'ckpt.pt', True) == ['ckpt.pt']
     with pytest.raises(UserError, match='no such folder'):
@@ -106,25 +147,42 @@ def test_out_dir_prefers_the_best(trained, tmp_path):
 def test_the_one_before_stays_and_is_gone_back_to(tmp_path, capsys):
     path = str(tmp_path / 'ckpt.pt')
     for step in 1, 2, 3:
-        checkpoint.save(path, {'model': {'w': torch.full((9,), float(step))}, 'model_args': {}, 'iter_num': step}, keep_previous=True)
+        checkpoint.save(
+            path,
+            {'model': {'w': torch.full((9,), float(step))}, 'model_args': {}, 'iter_num': step},
+            keep_previous=True,
+        )
     assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt']
     assert checkpoint.load_from(str(tmp_path))[1]['iter_num'] == 3
     os.truncate(path, 300)
     used, state = checkpoint.load_from(str(tmp_path))
     assert state['iter_num'] == 2 and used.endswith('ckpt.prev.pt')
-    assert 'WARNING' in (err := capsys.readouterr().err) and err.count('\n') == 1 and 'going back to' in err
+    assert (
+        'WARNING' in (err := capsys.readouterr().err)
+        and err.count('\n') == 1
+        and 'going back to' in err
+    )
     checkpoint.set_aside_damaged(str(tmp_path), used)
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt.damaged'], 'the next save cannot put it in the place of the good one'
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt.damaged'], (
+        'the next save cannot put it in the place of the good one'
+    )
 
 
 @pytest.mark.parametrize('background', [True, False])
 def test_a_writer_copies_first_and_tells_of_failures_later(background):
     writer, written, w = checkpoint.Writer(background), [], torch.zeros(1_000_000)
-    writer.submit({'w': w, 'tied': w, 'betas': (0.9, 0.95)}, lambda state: written.append((state['w'].clone(), state['w'] is state['tied'], state['betas'])))
+    writer.submit(
+        {'w': w, 'tied': w, 'betas': (0.9, 0.95)},
+        lambda state: written.append(
+            (state['w'].clone(), state['w'] is state['tied'], state['betas'])
+        ),
+    )
     writer.before_update()
     w += 1
     writer.wait()
-    assert written[0][0].sum() == 0 and written[0][1:] == (True, (0.9, 0.95)), 'as it was, and what was one tensor is one'
+    assert written[0][0].sum() == 0 and written[0][1:] == (True, (0.9, 0.95)), (
+        'as it was, and what was one tensor is one'
+    )
 
     def fail(state):
         raise FloatingPointError('weights')
@@ -138,7 +196,15 @@ def test_a_writer_copies_first_and_tells_of_failures_later(background):
 def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
     train(tiny(chars, tmp_path, '--arch=gpt2', '--max_iters=2', '--bias=True'))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert set(state['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert set(state['model_args']) == {
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'block_size',
+        'bias',
+        'vocab_size',
+        'dropout',
+    }
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(state)
     assert {
         'transformer.wte.weight',
@@ -155,7 +221,15 @@ def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
 
     torch.manual_seed(0)
     vocab_size = read_tokenizer(str(chars)).vocab_size
-    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=False, vocab_size=vocab_size, dropout=0.0)
+    args = dict(
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=32,
+        bias=False,
+        vocab_size=vocab_size,
+        dropout=0.0,
+    )
     model = GPT(GPTConfig(**args))
     params = dict(model.named_parameters())
     adamw = torch.optim.AdamW(
@@ -175,7 +249,9 @@ def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
         adamw.zero_grad()
     torch.save(
         {
-            'model': {('_orig_mod.' if compiled else '') + k: v for k, v in model.state_dict().items()},
+            'model': {
+                ('_orig_mod.' if compiled else '') + k: v for k, v in model.state_dict().items()
+            },
             'optimizer': adamw.state_dict(),
             'model_args': args,
             'iter_num': steps,
@@ -201,16 +277,31 @@ def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
 def test_nanogpt_checkpoints_are_sampled_and_resumed(chars, tmp_path, compiled):
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', chars, compiled)
     model, tokenizer = load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
-    assert tokenizer.decode(int(t) for t in model.generate([tokenizer.encode('the')], 5, vocab_size=tokenizer.vocab_size))
+    assert tokenizer.decode(
+        int(t)
+        for t in model.generate([tokenizer.encode('the')], 5, vocab_size=tokenizer.vocab_size)
+    )
     end = train(
         configure(
             __import__('train').TrainConfig,
-            [f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6', '--device=cpu', '--warmup_iters=0'],
+            [
+                f'--out_dir={tmp_path}',
+                '--init_from=resume',
+                '--max_iters=6',
+                '--device=cpu',
+                '--warmup_iters=0',
+            ],
         )
     )
     state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
-    assert end['step'] == 6 and state['config']['optimizer'] == 'adamw' and state['config']['batch_size'] == 4
-    assert int(next(iter(state['optimizer']['adamw']['state'].values()))['step']) == 6, 'its AdamW went on, it did not begin anew'
+    assert (
+        end['step'] == 6
+        and state['config']['optimizer'] == 'adamw'
+        and state['config']['batch_size'] == 4
+    )
+    assert int(next(iter(state['optimizer']['adamw']['state'].values()))['step']) == 6, (
+        'its AdamW went on, it did not begin anew'
+    )
 
 
 def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_the_dataset_named(chars, tmp_path):
@@ -220,5 +311,12 @@ def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_the_dataset_named(chars, tm
     torch.save(state, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='not its own'):
         load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
-    words = [f'--out_dir={tmp_path}', '--init_from=resume', f'--dataset={chars}', '--max_iters=4', '--device=cpu', '--warmup_iters=0']
+    words = [
+        f'--out_dir={tmp_path}',
+        '--init_from=resume',
+        f'--dataset={chars}',
+        '--max_iters=4',
+        '--device=cpu',
+        '--warmup_iters=0',
+    ]
     assert train(configure(__import__('train').TrainConfig, words))['step'] == 4

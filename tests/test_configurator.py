@@ -84,11 +84,18 @@ def test_mistakes(words, message):
 
 def test_files_and_options_in_order(tmp_path):
     py, js, yml = (tmp_path / f'c.{kind}' for kind in ('py', 'json', 'yaml'))
-    py.write_text('import time\nrate = 2 * 5e-4  # a comment\nsteps = steps * 2\nname = "ü"\n_helper = 3\n', encoding='utf-8')
+    py.write_text(
+        'import time\nrate = 2 * 5e-4  # a comment\nsteps = steps * 2\nname = "ü"\n_helper = 3\n',
+        encoding='utf-8',
+    )
     js.write_text(json.dumps({'steps': 3, 'limit': None, 'names': ['a']}))
     yml.write_text('steps: 4\nfast: true\n')
     config = configure(Knobs, ['--steps=50', str(py)])
-    assert (config.rate, config.steps, config.name) == (1e-3, 100, 'ü') and given(config) == {'rate', 'steps', 'name'}
+    assert (config.rate, config.steps, config.name) == (1e-3, 100, 'ü') and given(config) == {
+        'rate',
+        'steps',
+        'name',
+    }
     assert configure(Knobs, [str(py), str(js), str(yml)]).steps == 4
     assert configure(Knobs, [str(yml), str(js), '--steps=9']).steps == 9
     assert configure(Knobs, [str(js)]).names == ['a']
@@ -148,7 +155,11 @@ def test_nanogpt_names_are_known(tmp_path):
 
     (tmp_path / 'c.py').write_text(NANOGPT)
     config = configure(TrainConfig, [str(tmp_path / 'c.py')])
-    assert config.gradient_accumulation_steps == 40 and config.wandb_run_name.startswith('ft-') and config.eval_iters == 40
+    assert (
+        config.gradient_accumulation_steps == 40
+        and config.wandb_run_name.startswith('ft-')
+        and config.eval_iters == 40
+    )
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.name)
@@ -159,23 +170,61 @@ def test_our_configs_are_sound(path):
 
 
 OLD = {
-    'model': {'hidden_size': 64, 'num_layers': 2, 'num_heads': 2, 'context_length': 32, 'resid_pdrop': 0.1, 'attn_pdrop': 0.1, 'vocab_size': 65},
-    'training': {'lr': '3e-3', 'maxSteps': 12, 'warmup-steps': 2, 'betas': [0.8, 0.9], 'eval_steps': 5, 'learning_rat': 1, 'dtype': 'fp32'},
+    'model': {
+        'hidden_size': 64,
+        'num_layers': 2,
+        'num_heads': 2,
+        'context_length': 32,
+        'resid_pdrop': 0.1,
+        'attn_pdrop': 0.1,
+        'vocab_size': 65,
+    },
+    'training': {
+        'lr': '3e-3',
+        'maxSteps': 12,
+        'warmup-steps': 2,
+        'betas': [0.8, 0.9],
+        'eval_steps': 5,
+        'learning_rat': 1,
+        'dtype': 'fp32',
+    },
     'seed': 7,
     'optimizer': 'adamw',
 }
-NEW = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.1, optimizer='adamw', learning_rate=3e-3, max_iters=12) | dict(
-    beta1=0.8, beta2=0.9, warmup_iters=2, dtype='float32', seed=7
-)
+NEW = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=64,
+    block_size=32,
+    dropout=0.1,
+    optimizer='adamw',
+    learning_rate=3e-3,
+    max_iters=12,
+) | dict(beta1=0.8, beta2=0.9, warmup_iters=2, dtype='float32', seed=7)
 
 
 def test_other_projects_words_are_ours_and_mean_one_thing():
     from train import TrainConfig
 
     knobs = set(TrainConfig.__dataclass_fields__)
-    assert set(ALIASES.values()) <= knobs and not set(ALIASES) & knobs and not set(AMBIGUOUS) & (knobs | set(ALIASES))
-    listed = (ROOT / 'configurator.py').read_text(encoding='utf-8').split('ALIASES = {')[1].split('DATA =')[0].split('.items()')[0]
-    words = [word for line in listed.splitlines()[2:] if ': ' in line for word in line.split(': ')[1].strip("',").split()]
+    assert (
+        set(ALIASES.values()) <= knobs
+        and not set(ALIASES) & knobs
+        and not set(AMBIGUOUS) & (knobs | set(ALIASES))
+    )
+    listed = (
+        (ROOT / 'configurator.py')
+        .read_text(encoding='utf-8')
+        .split('ALIASES = {')[1]
+        .split('DATA =')[0]
+        .split('.items()')[0]
+    )
+    words = [
+        word
+        for line in listed.splitlines()[2:]
+        if ': ' in line
+        for word in line.split(': ')[1].strip("',").split()
+    ]
     assert len(words) == len(set(words)) == len(ALIASES), 'none is listed twice'
 
 
@@ -206,14 +255,34 @@ def test_old_configs(tmp_path, capsys, old, new):
         ('missing.json', None, 'new.yaml', 'missing.json: FileNotFoundError'),
         ('old.json', '{', 'new.yaml', 'old.json: JSONDecodeError'),
         ('old.yaml', 'a: [', 'new.yaml', 'old.yaml: ParserError'),
-        ('old.yaml', '!!python/object/apply:os.system [echo]', 'new.yaml', 'old.yaml: ConstructorError'),
+        (
+            'old.yaml',
+            '!!python/object/apply:os.system [echo]',
+            'new.yaml',
+            'old.yaml: ConstructorError',
+        ),
         ('old.json', '[1]', 'new.yaml', 'expected a mapping'),
-        ('old.json', '{"lr": 1e-3}', 'new.toml', 'new.toml: expected a name that ends in .json or .yaml'),
+        (
+            'old.json',
+            '{"lr": 1e-3}',
+            'new.toml',
+            'new.toml: expected a name that ends in .json or .yaml',
+        ),
         ('old.py', 'lr = 1e-3', 'new.yaml', 'old.py: expected a name that ends in .json'),
         ('old.json', '{"lr": 1e-3}', 'there.yaml', 'there.yaml: is there already'),
         ('old.json', '{"lr": "fast"}', 'new.yaml', 'old.json: lr=fast: expected a number'),
-        ('old.json', '{"train": {"max_steps": -1}}', 'new.yaml', 'old.json: max_iters=-1: expected 0 or more'),
-        ('old.json', '{"a": {"lr": 1e-3}, "b": {"learning_rate": 1e-4}}', 'new.yaml', 'a.lr and b.learning_rate both are learning_rate'),
+        (
+            'old.json',
+            '{"train": {"max_steps": -1}}',
+            'new.yaml',
+            'old.json: max_iters=-1: expected 0 or more',
+        ),
+        (
+            'old.json',
+            '{"a": {"lr": 1e-3}, "b": {"learning_rate": 1e-4}}',
+            'new.yaml',
+            'a.lr and b.learning_rate both are learning_rate',
+        ),
         ('old.json', '{"model": {"n_embd": 10, "n_head": 3}}', 'new.yaml', 'old.json: '),
         ('old.json', '{"colour": "red"}', 'new.yaml', 'nothing in it has a place here'),
         ('old.json', '{}', 'new.yaml', 'nothing in it has a place here'),
@@ -235,9 +304,17 @@ def test_old_configs_with_mistakes(tmp_path, old, text, new, message):
 def test_an_old_config_from_the_shell(tmp_path):
     (tmp_path / 'old.json').write_text(json.dumps(OLD))
     done = script('-m', 'lyregpt', 'convert-config', tmp_path / 'old.json', tmp_path / 'new.yaml')
-    assert done.returncode == 0 and f'train.py {tmp_path / "new.yaml"}' in done.stdout and done.stderr.count('\n') == 3
+    assert (
+        done.returncode == 0
+        and f'train.py {tmp_path / "new.yaml"}' in done.stdout
+        and done.stderr.count('\n') == 3
+    )
     again = script('-m', 'lyregpt', 'convert-config', tmp_path / 'old.json', tmp_path / 'new.yaml')
-    assert again.returncode == 2 and again.stderr.count('\n') == 1 and 'is there already' in again.stderr
+    assert (
+        again.returncode == 2
+        and again.stderr.count('\n') == 1
+        and 'is there already' in again.stderr
+    )
 
 
 def test_sizes():
@@ -246,16 +323,34 @@ def test_sizes():
     from model import GPT
     from train import TrainConfig
 
-    for name, vocab_size, params in ('small', 2048, 1.6e6), ('default', 4096, 87e6), ('large', 16384, 350e6):
+    for name, vocab_size, params in (
+        ('small', 2048, 1.6e6),
+        ('default', 4096, 87e6),
+        ('large', 16384, 350e6),
+    ):
         with torch.device('meta'):
-            n = GPT(configure(TrainConfig, [str(ROOT / f'config/{name}.py')]).model_config(vocab_size)).num_params()
+            n = GPT(
+                configure(TrainConfig, [str(ROOT / f'config/{name}.py')]).model_config(vocab_size)
+            ).num_params()
         assert abs(n / params - 1) < 0.01, (name, n)
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'data/text/prepare.py'])
 def test_help_and_exit_status(name):
     shown = script(name, '--help')
-    assert shown.returncode == 0 and '--out_dir=' in shown.stdout or name == 'bench.py' and '--peer=' in shown.stdout
-    assert all('  ' in line.strip() for line in shown.stdout.splitlines() if line.startswith('  --')), 'each knob has its comment'
+    assert (
+        shown.returncode == 0
+        and '--out_dir=' in shown.stdout
+        or name == 'bench.py'
+        and '--peer=' in shown.stdout
+    )
+    assert all(
+        '  ' in line.strip() for line in shown.stdout.splitlines() if line.startswith('  --')
+    ), 'each knob has its comment'
     wrong = script(name, '--nonsense=1')
-    assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'unknown knob' in wrong.stderr and not wrong.stdout
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.count('\n') == 1
+        and 'unknown knob' in wrong.stderr
+        and not wrong.stdout
+    )

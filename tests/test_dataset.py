@@ -37,7 +37,9 @@ def test_permutation_is_one_and_depends_on_seed_and_epoch(n):
     assert sorted(first) == list(range(n))
     assert (permute(np.arange(n), n, 1, 0) == first).all()
     if n > 7:
-        assert (permute(np.arange(n), n, 1, 1) != first).any() and (permute(np.arange(n), n, 2, 0) != first).any()
+        assert (permute(np.arange(n), n, 1, 1) != first).any() and (
+            permute(np.arange(n), n, 2, 0) != first
+        ).any()
         assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.3
 
 
@@ -68,7 +70,9 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path):
     b.batch(0, 50)
     assert all((p == q).all() for p, q in zip(a.batch(700, 12), b.batch(700, 12)))
     whole = a.batch(700, 12)[0]
-    assert (np.concatenate([a.batch(700, 6)[0], a.batch(706, 6)[0]]) == whole).all(), 'two ranks see together what one sees'
+    assert (np.concatenate([a.batch(700, 6)[0], a.batch(706, 6)[0]]) == whole).all(), (
+        'two ranks see together what one sees'
+    )
     assert (Split(str(tmp_path), 'train', 16, seed=2).batch(700, 12)[0] != whole).any()
 
 
@@ -76,7 +80,13 @@ def test_evaluation_reads_every_token_once(tmp_path):
     write_bin(tmp_path / 'val.bin', range(1, 101))
     split = Split(str(tmp_path), 'val', 32)
     for world_size in 1, 2, 3:
-        targets = [t for rank in range(world_size) for _, y in split.eval_batches(2, None, rank, world_size) for t in y.ravel() if t >= 0]
+        targets = [
+            t
+            for rank in range(world_size)
+            for _, y in split.eval_batches(2, None, rank, world_size)
+            for t in y.ravel()
+            if t >= 0
+        ]
         assert sorted(targets) == list(range(2, 101))
     some = [x.tolist() for x, _ in split.eval_batches(2, 2)]
     assert some == [x.tolist() for x, _ in split.eval_batches(2, 2)] and sum(map(len, some)) == 2
@@ -126,7 +136,9 @@ def test_meta_pickles_run_no_code(tmp_path):
     with pytest.raises(UserError, match='meta.pkl.*plain'):
         read_meta(str(tmp_path))
     assert not (tmp_path / 'pwned').exists()
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}}))
+    (tmp_path / 'meta.pkl').write_bytes(
+        pickle.dumps({'vocab_size': 2, 'itos': {0: 'a', 1: 'b'}, 'stoi': {'a': 0, 'b': 1}})
+    )
     assert read_tokenizer(str(tmp_path)).encode('ba') == [1, 0]
 
 
@@ -134,8 +146,13 @@ def test_a_char_dataset_is_one_that_nanogpt_reads(chars):
     meta = pickle.loads((chars / 'meta.pkl').read_bytes())
     tokenizer = read_tokenizer(str(chars))
     text = 'the rain'
-    assert [meta['stoi'][c] for c in text] == tokenizer.encode(text) and meta['vocab_size'] == tokenizer.vocab_size
-    assert len(np.fromfile(chars / 'train.bin', dtype=np.uint16)) == read_meta(str(chars))['splits']['train']['tokens']
+    assert [meta['stoi'][c] for c in text] == tokenizer.encode(text) and meta[
+        'vocab_size'
+    ] == tokenizer.vocab_size
+    assert (
+        len(np.fromfile(chars / 'train.bin', dtype=np.uint16))
+        == read_meta(str(chars))['splits']['train']['tokens']
+    )
 
 
 def test_failed_preparation_changes_nothing(tmp_path):
@@ -156,7 +173,10 @@ def test_large_vocabularies(tmp_path):
     raw = (tmp_path / 'train.bin').read_bytes()
     assert struct.unpack('<3i', raw[:12]) == (20240801, 7, 5001) and len(raw) == 1024 + 4 * 5001
     expected = [*tokenizer.encode(text), tokenizer.eot]
-    assert max(expected) > 65536 and TokenFile(str(tmp_path / 'train.bin')).read(0, 10**6).tolist() == expected
+    assert (
+        max(expected) > 65536
+        and TokenFile(str(tmp_path / 'train.bin')).read(0, 10**6).tolist() == expected
+    )
     x, y = Split(str(tmp_path), 'val', 100, tokenizer.vocab_size).batch(0, 1)
     assert [*x[0], y[0, -1]] == [*expected[:100], tokenizer.eot]
     (tmp_path / 'train.bin').write_bytes(raw[:-4])
@@ -168,7 +188,10 @@ def test_split_text_loses_nothing():
     text = [f'line {i}\n' for i in range(100)]
     whole = ''.join(text)
     pieces = list(split_text(text, len(whole), 0.1))
-    assert ''.join(p[1] for p in pieces) == whole and ''.join(p[1] for p in pieces if p[0] == 'train') == whole[: int(len(whole) * 0.9)]
+    assert (
+        ''.join(p[1] for p in pieces) == whole
+        and ''.join(p[1] for p in pieces if p[0] == 'train') == whole[: int(len(whole) * 0.9)]
+    )
     assert [p[0] for p in pieces if p[2]] == ['train', 'val']
 
 
@@ -178,7 +201,11 @@ def test_encodings_are_detected(tmp_path, encoding):
         encoding, 'Über den Flüssen schläft größer die Nacht, café fermé.\n'
     ) * 40
     (tmp_path / 'a.txt').write_bytes(text.replace('\n', '\r\n').encode(encoding))
-    assert ''.join(read_pieces(str(tmp_path / 'a.txt'))) == text == ''.join(read_pieces(str(tmp_path / 'a.txt'), encoding))
+    assert (
+        ''.join(read_pieces(str(tmp_path / 'a.txt')))
+        == text
+        == ''.join(read_pieces(str(tmp_path / 'a.txt'), encoding))
+    )
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
     with pytest.raises(UserError, match='--encoding=cp1252'):
         list(read_pieces(str(tmp_path / 'a.txt'), 'utf-8'))
@@ -196,15 +223,23 @@ def test_darklyrics(tmp_path):
     meta = json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
     tokenizer = read_tokenizer(str(tmp_path))
     texts = {
-        s: tokenizer.decode(np.fromfile(tmp_path / f'{s}.bin', dtype='<u2').tolist()).split('<|endoftext|>')[:-1] for s in ('train', 'val')
+        s: tokenizer.decode(np.fromfile(tmp_path / f'{s}.bin', dtype='<u2').tolist()).split(
+            '<|endoftext|>'
+        )[:-1]
+        for s in ('train', 'val')
     }
     songs = [json.loads(line) for line in DEMO.read_text(encoding='utf-8').splitlines()]
     sung = [s for s in songs if s['lyrics'] != '[Instrumental]']
-    assert meta['splits']['train']['documents'] + meta['splits']['val']['documents'] == len(sung) < len(songs)
+    assert (
+        meta['splits']['train']['documents'] + meta['splits']['val']['documents']
+        == len(sung)
+        < len(songs)
+    )
     assert not set(texts['train']) & set(texts['val']) and len(texts['val']) > 10
     first = sung[0]
     assert any(
-        t == f'Artist: {first["artist"]}\nAlbum: {first["album"]}\nYear: {first["year"]}\nTitle: {first["title"]}\n\n{first["lyrics"]}\n'
+        t
+        == f'Artist: {first["artist"]}\nAlbum: {first["album"]}\nYear: {first["year"]}\nTitle: {first["title"]}\n\n{first["lyrics"]}\n'
         for t in texts['train'] + texts['val']
     )
     again = tmp_path / 'again'
@@ -221,23 +256,38 @@ def test_own_text(tmp_path):
     source = tmp_path / 'songs'
     (source / 'deep').mkdir(parents=True)
     for i in range(30):
-        (source / 'deep' / f'{i}.txt').write_text(f'Song {i}\nover the ridge the wind came {i}\n' * 5, encoding='utf-8')
+        (source / 'deep' / f'{i}.txt').write_text(
+            f'Song {i}\nover the ridge the wind came {i}\n' * 5, encoding='utf-8'
+        )
     (source / 'more.jsonl').write_text(
-        ''.join(json.dumps({'lyrics': f'and so they sang {i}\u2028'}) + '\n' for i in range(30)), encoding='utf-8'
+        ''.join(json.dumps({'lyrics': f'and so they sang {i}\u2028'}) + '\n' for i in range(30)),
+        encoding='utf-8',
     )
     (source / 'picture.png').write_bytes(b'\x89PNG')
-    done = script('data/text/prepare.py', f'--input={source}', f'--out_dir={tmp_path / "d"}', '--vocab_size=300', '--val_fraction=0.2')
+    done = script(
+        'data/text/prepare.py',
+        f'--input={source}',
+        f'--out_dir={tmp_path / "d"}',
+        '--vocab_size=300',
+        '--val_fraction=0.2',
+    )
     assert done.returncode == 0, done.stderr
     counts = read_meta(str(tmp_path / 'd'))['splits']
     assert counts['train']['documents'] + counts['val']['documents'] == 60
     one = script(
-        'data/text/prepare.py', f'--input={source / "deep" / "1.txt"}', f'--out_dir={tmp_path / "e"}', '--tokenizer=char', '--lowercase'
+        'data/text/prepare.py',
+        f'--input={source / "deep" / "1.txt"}',
+        f'--out_dir={tmp_path / "e"}',
+        '--tokenizer=char',
+        '--lowercase',
     )
     assert one.returncode == 0, one.stderr
     text = (source / 'deep' / '1.txt').read_text().lower()
     tokenizer = read_tokenizer(str(tmp_path / 'e'))
     parts = [
-        tokenizer.decode(np.fromfile(tmp_path / 'e' / f'{s}.bin', dtype='<u2').tolist()).removesuffix('<|endoftext|>')
+        tokenizer.decode(
+            np.fromfile(tmp_path / 'e' / f'{s}.bin', dtype='<u2').tolist()
+        ).removesuffix('<|endoftext|>')
         for s in ('train', 'val')
     ]
     assert ''.join(parts) == text
@@ -279,32 +329,54 @@ def test_shakespeare_is_cut_as_nanogpt_cuts_it(tmp_path):
     assert done.returncode == 0, done.stderr
     text = source.read_text(encoding='utf-8')
     stoi = {c: i for i, c in enumerate(sorted(set(text)))}
-    assert np.fromfile(tmp_path / 'val.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[int(len(text) * 0.9) :]]
-    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [stoi[c] for c in text[: int(len(text) * 0.9)]]
+    assert np.fromfile(tmp_path / 'val.bin', dtype=np.uint16).tolist() == [
+        stoi[c] for c in text[int(len(text) * 0.9) :]
+    ]
+    assert np.fromfile(tmp_path / 'train.bin', dtype=np.uint16).tolist() == [
+        stoi[c] for c in text[: int(len(text) * 0.9)]
+    ]
 
 
 def test_shakespeare_in_gpt2s_tokens(tmp_path):
-    source, cache = ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt', ROOT.parent / 'shared' / 'tiktoken_cache'
+    source, cache = (
+        ROOT.parent / 'shared' / 'data' / 'tinyshakespeare.txt',
+        ROOT.parent / 'shared' / 'tiktoken_cache',
+    )
     if not source.exists() or not cache.exists():
         pytest.skip("Tiny Shakespeare or GPT-2's tokenizer files are not at hand (shared data)")
-    done = script('data/shakespeare/prepare.py', f'--input={source}', f'--out_dir={tmp_path}', TIKTOKEN_CACHE_DIR=cache)
+    done = script(
+        'data/shakespeare/prepare.py',
+        f'--input={source}',
+        f'--out_dir={tmp_path}',
+        TIKTOKEN_CACHE_DIR=cache,
+    )
     assert done.returncode == 0, done.stderr
     counts = read_meta(str(tmp_path))['splits']
-    assert abs(counts['train']['tokens'] - 301_966) < 20 and abs(counts['val']['tokens'] - 36_059) < 20, (
-        "nanoGPT's counts, but for where pieces meet"
-    )
+    assert (
+        abs(counts['train']['tokens'] - 301_966) < 20 and abs(counts['val']['tokens'] - 36_059) < 20
+    ), "nanoGPT's counts, but for where pieces meet"
 
 
 def test_bytes_are_those_of_the_text_as_it_is_encoded(tmp_path):
     tokenizer = CharTokenizer.train(['a b'], squeeze=True)
-    meta = write_dataset(str(tmp_path), [('train', 'a    b' * 9, True), ('val', 'a b', True)], tokenizer)
+    meta = write_dataset(
+        str(tmp_path), [('train', 'a    b' * 9, True), ('val', 'a b', True)], tokenizer
+    )
     assert meta['splits']['train'] == {'documents': 1, 'tokens': 28, 'bytes': 27}
 
 
 def test_other_peoples_files_stay(tmp_path):
     (tmp_path / 'notes.tmp').write_text('mine')
-    write_dataset(str(tmp_path), [('train', 'abc', True), ('val', 'ab', True)], CharTokenizer.train(['abc']))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'meta.pkl', 'notes.tmp', 'train.bin', 'val.bin']
+    write_dataset(
+        str(tmp_path), [('train', 'abc', True), ('val', 'ab', True)], CharTokenizer.train(['abc'])
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'meta.json',
+        'meta.pkl',
+        'notes.tmp',
+        'train.bin',
+        'val.bin',
+    ]
 
 
 def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
@@ -367,6 +439,13 @@ def test_trained_bpe_is_used_again(tmp_path, demo_text):
     BPETokenizer.train([demo_text], 300).save(str(tmp_path / 't.json'))
     (tmp_path / 'a.txt').write_text(demo_text[:20000], encoding='utf-8')
     done = script(
-        'data/text/prepare.py', f'--input={tmp_path / "a.txt"}', f'--out_dir={tmp_path / "d"}', f'--tokenizer={tmp_path / "t.json"}'
+        'data/text/prepare.py',
+        f'--input={tmp_path / "a.txt"}',
+        f'--out_dir={tmp_path / "d"}',
+        f'--tokenizer={tmp_path / "t.json"}',
     )
-    assert done.returncode == 0 and read_meta(str(tmp_path / 'd'))['tokenizer'] == BPETokenizer.train([demo_text], 300).state()
+    assert (
+        done.returncode == 0
+        and read_meta(str(tmp_path / 'd'))['tokenizer']
+        == BPETokenizer.train([demo_text], 300).state()
+    )

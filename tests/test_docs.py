@@ -13,12 +13,16 @@ import pytest
 
 from tests.conftest import ROOT
 
-spec = importlib.util.spec_from_file_location('check_docs', ROOT / 'docs' / 'validation' / 'check_docs.py')
+spec = importlib.util.spec_from_file_location(
+    'check_docs', ROOT / 'docs' / 'validation' / 'check_docs.py'
+)
 check_docs = importlib.util.module_from_spec(spec)
 sys.modules['check_docs'] = check_docs
 spec.loader.exec_module(check_docs)
 
-pytestmark = pytest.mark.skipif(not shutil.which('bash') or not shutil.which('git'), reason='needs bash and git')
+pytestmark = pytest.mark.skipif(
+    not shutil.which('bash') or not shutil.which('git'), reason='needs bash and git'
+)
 SCRIPT = '''"""A script."""
 from dataclasses import dataclass
 
@@ -88,7 +92,9 @@ def test_a_good_page(book):
         """,
         {'docs/more.md': '# The end\n\n# The end\n'},
     )
-    assert not faults and summary.startswith('3 pages, 6 links, 0 line numbers mended, 0 blocks run, 0 faults')
+    assert not faults and summary.startswith(
+        '3 pages, 6 links, 0 line numbers mended, 0 blocks run, 0 faults'
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,21 +115,45 @@ def test_a_good_page(book):
         ('[`Toy.play`](toy.py#L3)', '1: toy.py#L3: Toy.play stands in line 16'),
         ('[`Toy.plays`](toy.py#L3)', '1: toy.py#L3: toy.py defines no Toy.plays'),
         ('[plays](toy.py#L3)', '1: toy.py#L3: the text of a link to a line must be the name'),
-        ('<!-- from: toy.py -->\n```python\nSIZE = 4\n```', "3: toy.py does not hold these lines, from 'SIZE = 4' on"),
-        ('<!-- from: toy.py -->\n```python\nclass Toy:\n# …\nSIZE = 3\n```', "3: toy.py does not hold these lines, from 'SIZE = 3' on"),
+        (
+            '<!-- from: toy.py -->\n```python\nSIZE = 4\n```',
+            "3: toy.py does not hold these lines, from 'SIZE = 4' on",
+        ),
+        (
+            '<!-- from: toy.py -->\n```python\nclass Toy:\n# …\nSIZE = 3\n```',
+            "3: toy.py does not hold these lines, from 'SIZE = 3' on",
+        ),
         ('<!-- not run -->\n\n    true', '1: <!-- not run -->: expected one of'),
         ('<!-- slw -->\n\n    true', '1: <!-- slw -->: expected one of'),
         ('<!-- slow -->\n\nwords', '1: <!-- slow -->: stands above no block'),
         ('```\ntrue\n```', "1: a block of kind ''"),
         ('Try\n\n    true; false; true', '3: expected exit status 0, got 1'),
-        ('Try\n\n    echo no such luck; exit 3', '3: expected exit status 0, got 3\n    | no such luck'),
+        (
+            'Try\n\n    echo no such luck; exit 3',
+            '3: expected exit status 0, got 3\n    | no such luck',
+        ),
         ('<!-- fails: 2 -->\n\n    true', '3: expected exit status 2, got 0'),
-        ('```python\nx = 1\n\nassert x == 2\n```', '2: expected exit status 0, got AssertionError\n    | Traceback'),
-        ('<!-- fails: KeyError -->\n```python\n[][0]\n```', '3: expected exit status KeyError, got IndexError'),
+        (
+            '```python\nx = 1\n\nassert x == 2\n```',
+            '2: expected exit status 0, got AssertionError\n    | Traceback',
+        ),
+        (
+            '<!-- fails: KeyError -->\n```python\n[][0]\n```',
+            '3: expected exit status KeyError, got IndexError',
+        ),
         ('Try\n\n    sleep 60', '3: expected exit status 0, got nothing after 2 seconds'),
-        ('```python\nwhile True: pass\n```', '2: expected exit status 0, got nothing after 2 seconds'),
-        ('```python\nimport os; os._exit(4)\n```', '2: expected exit status 0, got the end of Python, status 4'),
-        ('<!-- server: 1 -->\n\n    exit 5', '3: expected exit status 0, got 5, before anything listened'),
+        (
+            '```python\nwhile True: pass\n```',
+            '2: expected exit status 0, got nothing after 2 seconds',
+        ),
+        (
+            '```python\nimport os; os._exit(4)\n```',
+            '2: expected exit status 0, got the end of Python, status 4',
+        ),
+        (
+            '<!-- server: 1 -->\n\n    exit 5',
+            '3: expected exit status 0, got 5, before anything listened',
+        ),
     ],
 )
 def test_faults(book, text, fault):
@@ -133,7 +163,9 @@ def test_faults(book, text, fault):
 
 def test_words_of_the_reader_are_no_pages(book, tmp_path):
     book('Nothing.')
-    (tmp_path / 'song.md').write_text('[gone](nowhere.md)', encoding='utf-8')  # git does not know it
+    (tmp_path / 'song.md').write_text(
+        '[gone](nowhere.md)', encoding='utf-8'
+    )  # git does not know it
     repo = check_docs.Repository(tmp_path)
     assert repo.pages == ['README.md', 'docs/README.md'] and 'song.md' in repo.files
     with pytest.raises(check_docs.UserError, match='expected a checkout of git'):
@@ -141,7 +173,9 @@ def test_words_of_the_reader_are_no_pages(book, tmp_path):
 
 
 def test_what_cannot_be_reached(book):
-    faults, _ = book('[docs](docs)', {'docs/README.md': '[a](a.md)', 'docs/a.md': 'A', 'docs/b.md': '[a](a.md)'})
+    faults, _ = book(
+        '[docs](docs)', {'docs/README.md': '[a](a.md)', 'docs/a.md': 'A', 'docs/b.md': '[a](a.md)'}
+    )
     assert faults == ['docs/b.md:1: no link leads here from README.md or docs/README.md']
 
 
@@ -190,7 +224,11 @@ def test_blocks_of_a_page_share_what_they_made(book, tmp_path):
         raise ValueError(words)
         ```
         """.replace('--size=7', '--max_iters=7').replace('--size=8', '--max_iters=8'),
-        {'train.py': SCRIPT.replace('ToyConfig', 'TrainConfig').replace('size:', 'max_iters: int = 1\n    size:')},
+        {
+            'train.py': SCRIPT.replace('ToyConfig', 'TrainConfig').replace(
+                'size:', 'max_iters: int = 1\n    size:'
+            )
+        },
     )
     assert not faults, faults
     assert '8 blocks run' in summary
@@ -215,7 +253,10 @@ def test_what_is_not_run(book, monkeypatch):
     monkeypatch.delenv('NO_SUCH_THING', raising=False)
     faults, summary = book(text, quick=True)
     assert not faults and '0 blocks run' in summary
-    assert all(f'1 not run: {why}' in summary for why in ('slow', 'needs a piano', 'NO_SUCH_THING is not here'))
+    assert all(
+        f'1 not run: {why}' in summary
+        for why in ('slow', 'needs a piano', 'NO_SUCH_THING is not here')
+    )
     faults, summary = book(text)
     assert not faults and '1 blocks run' in summary
     monkeypatch.setenv('NO_SUCH_THING', '1')
@@ -227,20 +268,29 @@ def test_fix_mends_line_numbers(book, tmp_path):
     wrong = 'One [`Toy.play`](toy.py#L1),\n`a\nb` [`SIZE`](toy.py#L2)\n\n    false\n'
     faults, summary = book(wrong, fix=True)
     assert not faults and '2 line numbers mended, 0 blocks run' in summary
-    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == wrong.replace('L1)', 'L16)').replace('L2)', 'L4)')
+    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == wrong.replace(
+        'L1)', 'L16)'
+    ).replace('L2)', 'L4)')
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals as POSIX has them')
 def test_ctrl_c_ends_what_was_started(book, tmp_path):
     book('A page.')
-    (tmp_path / 'README.md').write_text(f'    echo $$ > {tmp_path}/pid; sleep 100\n', encoding='utf-8')
+    (tmp_path / 'README.md').write_text(
+        f'    echo $$ > {tmp_path}/pid; sleep 100\n', encoding='utf-8'
+    )
     (tmp_path / 'docs' / 'validation').mkdir()
     shutil.copy(ROOT / 'docs' / 'validation' / 'check_docs.py', tmp_path / 'docs' / 'validation')
     shutil.copy(ROOT / 'configurator.py', tmp_path)
     words = [sys.executable, str(tmp_path / 'docs' / 'validation' / 'check_docs.py')]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as checker:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as checker:
         end = time.monotonic() + 60
-        while not (pid := (tmp_path / 'pid').read_text() if (tmp_path / 'pid').exists() else '') and time.monotonic() < end:
+        while (
+            not (pid := (tmp_path / 'pid').read_text() if (tmp_path / 'pid').exists() else '')
+            and time.monotonic() < end
+        ):
             time.sleep(0.05)
         os.kill(int(pid), 0)  # it is there
         checker.send_signal(signal.SIGINT)
@@ -254,9 +304,19 @@ def test_command_line():
     def checker(*words):
         env = os.environ | {'PYTHONIOENCODING': 'utf-8'}
         words = [sys.executable, str(ROOT / 'docs' / 'validation' / 'check_docs.py'), *words]
-        return subprocess.run(words, capture_output=True, text=True, encoding='utf-8', env=env, timeout=60)
+        return subprocess.run(
+            words, capture_output=True, text=True, encoding='utf-8', env=env, timeout=60
+        )
 
     done = checker('--pages=docs/nowhere.md')
-    assert done.returncode == 2 and 'pages=docs/nowhere.md: no such page' in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2
+        and 'pages=docs/nowhere.md: no such page' in done.stderr
+        and not done.stdout
+    )
     done = checker('--pages=docs/validation/readme.md')
-    assert done.returncode == 0 and done.stdout.startswith('1 pages') and '1 blocks run, 0 faults' in done.stdout, done.stdout
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith('1 pages')
+        and '1 blocks run, 0 faults' in done.stdout
+    ), done.stdout

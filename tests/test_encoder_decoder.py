@@ -39,7 +39,12 @@ from train import train as train_gpt
 
 def small(seed=0, **knobs):
     torch.manual_seed(seed)
-    model = EncoderDecoder(EncoderDecoderConfig(**dict(vocab_size=30, block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0) | knobs))
+    model = EncoderDecoder(
+        EncoderDecoderConfig(
+            **dict(vocab_size=30, block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0)
+            | knobs
+        )
+    )
     for p in model.parameters():  # norms and biases too, so that each is seen to be in its place
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
     return model.eval()
@@ -57,7 +62,16 @@ def rows(*lengths, vocab=30, seed=1):
 def theirs(model):
     """torch.nn.Transformer with the model's weights; behind the paper's blocks, which end in a norm, there is no other."""
     c, nn = model.config, torch.nn
-    made = nn.Transformer(c.n_embd, c.n_head, c.n_layer, c.n_layer, c.n_ff, dropout=0.0, batch_first=True, norm_first=c.norm_first)
+    made = nn.Transformer(
+        c.n_embd,
+        c.n_head,
+        c.n_layer,
+        c.n_layer,
+        c.n_ff,
+        dropout=0.0,
+        batch_first=True,
+        norm_first=c.norm_first,
+    )
     if not c.norm_first:
         made.encoder.norm = made.decoder.norm = None
     pairs = []
@@ -65,13 +79,24 @@ def theirs(model):
         (*p, True) for p in zip(model.decoder, made.decoder.layers)
     ]:
         pairs += [(ours.ln_1, other.norm1), (ours.ln_2, other.norm3 if decoder else other.norm2)]
-        pairs += [(ours.mlp.c_fc, other.linear1), (ours.mlp.c_proj, other.linear2), (ours.attn.c_proj, other.self_attn.out_proj)]
+        pairs += [
+            (ours.mlp.c_fc, other.linear1),
+            (ours.mlp.c_proj, other.linear2),
+            (ours.attn.c_proj, other.self_attn.out_proj),
+        ]
         for kind in ('weight', 'bias'):
-            getattr(other.self_attn, f'in_proj_{kind}').data = getattr(ours.attn.c_attn, kind).data.clone()
+            getattr(other.self_attn, f'in_proj_{kind}').data = getattr(
+                ours.attn.c_attn, kind
+            ).data.clone()
         if decoder:
-            pairs += [(ours.ln_cross, other.norm2), (ours.cross.c_proj, other.multihead_attn.out_proj)]
+            pairs += [
+                (ours.ln_cross, other.norm2),
+                (ours.cross.c_proj, other.multihead_attn.out_proj),
+            ]
             for kind in ('weight', 'bias'):
-                both = torch.cat([getattr(ours.cross.c_q, kind).data, getattr(ours.cross.c_kv, kind).data])
+                both = torch.cat(
+                    [getattr(ours.cross.c_q, kind).data, getattr(ours.cross.c_kv, kind).data]
+                )
                 getattr(other.multihead_attn, f'in_proj_{kind}').data = both
     if c.norm_first:
         pairs += [(model.ln_encoder, made.encoder.norm), (model.ln_decoder, made.decoder.norm)]
@@ -87,7 +112,12 @@ def test_equals_torch_with_its_weights(norm_first):
     source, targets = rows(9, 4, 7), rows(5, 8, 6, seed=2)
     idx = torch.cat((torch.zeros(3, 1, dtype=torch.long), targets[:, :-1]), 1).clamp(min=0)
     # the paper's formulas, position by position: PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos of the same
-    place = torch.tensor([[(math.sin, math.cos)[i % 2](t / 10000 ** (i // 2 * 2 / 32)) for i in range(32)] for t in range(16)]).double()
+    place = torch.tensor(
+        [
+            [(math.sin, math.cos)[i % 2](t / 10000 ** (i // 2 * 2 / 32)) for i in range(32)]
+            for t in range(16)
+        ]
+    ).double()
     table = torch.nn.Parameter(model.wte.weight.data.clone())
 
     def embed(ids):
@@ -96,27 +126,42 @@ def test_equals_torch_with_its_weights(norm_first):
     causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
     pad = source < 0
     hidden = other(
-        embed(source), embed(idx), tgt_mask=causal, src_key_padding_mask=pad, memory_key_padding_mask=pad, tgt_is_causal=True
+        embed(source),
+        embed(idx),
+        tgt_mask=causal,
+        src_key_padding_mask=pad,
+        memory_key_padding_mask=pad,
+        tgt_is_causal=True,
     )
     expected = hidden @ table.t()
-    torch.testing.assert_close(model(source, idx), expected, rtol=1e-5, atol=1e-5)  # their table of positions is float32's
+    torch.testing.assert_close(
+        model(source, idx), expected, rtol=1e-5, atol=1e-5
+    )  # their table of positions is float32's
 
     keep = targets >= 0
     for smoothing in (0.0, 0.1):
         log_p = expected.log_softmax(-1)[keep]
         nll = -log_p.gather(1, targets[keep][:, None])[:, 0]
         loss = ((1 - smoothing) * nll - smoothing * log_p.mean(-1)).mean()
-        torch.testing.assert_close(model(source, idx, targets, smoothing).double(), loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model(source, idx, targets, smoothing).double(), loss, rtol=1e-5, atol=1e-6
+        )
     model(source, idx, targets).backward()
     torch.nn.functional.cross_entropy(expected[keep], targets[keep]).backward()
     torch.testing.assert_close(model.wte.weight.grad, table.grad, rtol=1e-4, atol=1e-7)
     for ours, layer in zip(model.encoder, other.encoder.layers):
-        torch.testing.assert_close(ours.attn.c_attn.weight.grad, layer.self_attn.in_proj_weight.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            ours.attn.c_attn.weight.grad, layer.self_attn.in_proj_weight.grad, rtol=1e-4, atol=1e-7
+        )
         torch.testing.assert_close(ours.ln_2.bias.grad, layer.norm2.bias.grad, rtol=1e-4, atol=1e-7)
     for ours, layer in zip(model.decoder, other.decoder.layers):
         both = torch.cat((ours.cross.c_q.weight.grad, ours.cross.c_kv.weight.grad))
-        torch.testing.assert_close(both, layer.multihead_attn.in_proj_weight.grad, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(ours.mlp.c_fc.weight.grad, layer.linear1.weight.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            both, layer.multihead_attn.in_proj_weight.grad, rtol=1e-4, atol=1e-7
+        )
+        torch.testing.assert_close(
+            ours.mlp.c_fc.weight.grad, layer.linear1.weight.grad, rtol=1e-4, atol=1e-7
+        )
 
 
 def test_the_answer_sees_its_past_and_all_of_the_source():
@@ -126,14 +171,22 @@ def test_the_answer_sees_its_past_and_all_of_the_source():
     changed = idx.clone()
     changed[0, 4] = (changed[0, 4] + 1) % 30
     after = model(source, changed)
-    assert torch.equal(before[:, :4], after[:, :4]) and not torch.allclose(before[:, 4], after[:, 4])
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.allclose(
+        before[:, 4], after[:, 4]
+    )
     for place in range(6):
         other = source.clone()
         other[0, place] = (other[0, place] + 1) % 30
-        assert (model(other, idx) - before).abs().amax(-1).min() > 1e-4, f'every place of the answer sees place {place} of the source'
+        assert (model(other, idx) - before).abs().amax(-1).min() > 1e-4, (
+            f'every place of the answer sees place {place} of the source'
+        )
 
 
-@pytest.mark.parametrize('more', [{}, dict(norm_first=True, n_kv_head=2, mlp='swiglu', norm='rmsnorm', qk_norm=True)], ids=str)
+@pytest.mark.parametrize(
+    'more',
+    [{}, dict(norm_first=True, n_kv_head=2, mlp='swiglu', norm='rmsnorm', qk_norm=True)],
+    ids=str,
+)
 def test_rows_of_a_batch_equal_those_alone(more):
     model = small(**more)
     source, targets = rows(9, 1, 5), rows(3, 8, 6, seed=2)
@@ -142,11 +195,19 @@ def test_rows_of_a_batch_equal_those_alone(more):
     wider = torch.cat((source, torch.full((3, 4), -1)), 1)
     torch.testing.assert_close(model(wider, idx), together)
     for i, (s, t) in enumerate(((9, 3), (1, 8), (5, 6))):
-        torch.testing.assert_close(model(source[i : i + 1, :s], idx[i : i + 1, :t]), together[i : i + 1, :t])
+        torch.testing.assert_close(
+            model(source[i : i + 1, :s], idx[i : i + 1, :t]), together[i : i + 1, :t]
+        )
     whole = model(source, idx, targets)
-    parts = [model(source[i : i + 1], idx[i : i + 1], targets[i : i + 1]) * n for i, n in enumerate((3, 8, 6))]
+    parts = [
+        model(source[i : i + 1], idx[i : i + 1], targets[i : i + 1]) * n
+        for i, n in enumerate((3, 8, 6))
+    ]
     torch.testing.assert_close(whole, sum(parts) / 17)
-    for write in (lambda s: [[a] for a in model.greedy(s, 0, 12)], lambda s: model.beam(s, 0, 12, width=3)):
+    for write in (
+        lambda s: [[a] for a in model.greedy(s, 0, 12)],
+        lambda s: model.beam(s, 0, 12, width=3),
+    ):
         for i, answers in enumerate(write(source)):
             (alone,) = write(source[i : i + 1, : (9, 1, 5)[i]])
             assert [a.ids for a in answers] == [a.ids for a in alone]
@@ -176,10 +237,14 @@ def log_p_of(model, source, ids, eot=0):
 def test_cached_equals_uncached(more):
     model = small(**more)
     source = rows(9, 4, 7, 1)
-    for i, (first, answers) in enumerate(zip(model.greedy(source, 0, 12), model.beam(source, 0, 12, width=5))):
+    for i, (first, answers) in enumerate(
+        zip(model.greedy(source, 0, 12), model.beam(source, 0, 12, width=5))
+    ):
         one = source[i : i + 1]
         ids = [0]
-        while len(ids) <= 12 and (len(ids) == 1 or ids[-1]):  # greedy by hand: the whole answer read again for every token
+        while len(ids) <= 12 and (
+            len(ids) == 1 or ids[-1]
+        ):  # greedy by hand: the whole answer read again for every token
             ids.append(int(model(one, torch.tensor([ids]))[0, -1].argmax()))
         assert first.ids == ids[1:]
         assert len(answers) == 5 and len({tuple(a.ids) for a in answers}) == 5
@@ -193,9 +258,14 @@ def test_cached_equals_uncached(more):
 def to_reverse(n, seed, most=6):
     """n sources of 1 to `most` symbols with an end, what the decoder reads, and the symbols in reverse as targets."""
     dice = torch.Generator().manual_seed(seed)
-    symbols, lengths = torch.randint(1, 11, (n, most), generator=dice), torch.randint(1, most + 1, (n, 1), generator=dice)
+    symbols, lengths = (
+        torch.randint(1, 11, (n, most), generator=dice),
+        torch.randint(1, most + 1, (n, 1), generator=dice),
+    )
     place = torch.arange(most + 1)
-    source = torch.where(place < lengths, torch.nn.functional.pad(symbols, (0, 1)), -1).masked_fill(place == lengths, 0)
+    source = torch.where(place < lengths, torch.nn.functional.pad(symbols, (0, 1)), -1).masked_fill(
+        place == lengths, 0
+    )
     back = symbols.gather(1, (lengths - 1 - place).clamp(min=0))
     targets = torch.where(place < lengths, back, -1).masked_fill(place == lengths, 0)
     return source, torch.nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0)), targets
@@ -205,7 +275,11 @@ def to_reverse(n, seed, most=6):
 def reversing():
     """A model that learned to reverse, and the same as it was half-way, still unsure."""
     torch.manual_seed(1)
-    model = EncoderDecoder(EncoderDecoderConfig(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=64, dropout=0.0))
+    model = EncoderDecoder(
+        EncoderDecoderConfig(
+            vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=64, dropout=0.0
+        )
+    )
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
     for step in range(300):
         if step == 80:
@@ -220,7 +294,10 @@ def reversing():
 def test_learns_a_task_that_the_source_decides(reversing):
     source, _, targets = to_reverse(500, 10**6)
     wanted = [[t for t in row if t >= 0] for row in targets.tolist()]
-    for found in (reversing[1].greedy(source, 0, 8), [best for best, *_ in reversing[1].beam(source, 0, 8)]):
+    for found in (
+        reversing[1].greedy(source, 0, 8),
+        [best for best, *_ in reversing[1].beam(source, 0, 8)],
+    ):
         assert sum(a.ids == w for a, w in zip(found, wanted)) > 0.99 * 500
 
 
@@ -228,23 +305,37 @@ def test_a_beam_of_one_is_greedy_and_wider_ones_find_better(reversing):
     half, _ = reversing
     source, _, _ = to_reverse(100, 10**6)
     greedy, beam = half.greedy(source, 0, 8), half.beam(source, 0, 8, width=1)
-    assert [a.ids for a in greedy] == [a.ids for (a,) in beam] and len({len(a.ids) for a in greedy}) > 3
+    assert [a.ids for a in greedy] == [a.ids for (a,) in beam] and len(
+        {len(a.ids) for a in greedy}
+    ) > 3
     assert [a.log_p for a in greedy] == pytest.approx([a.log_p for (a,) in beam], abs=1e-4)
     wide = [answers[0] for answers in half.beam(source, 0, 8, width=6, length_penalty=0.0)]
     gains = [b.log_p - g.log_p for b, g in zip(wide, greedy)]
-    assert sum(gains) > 1 and max(gains) > 0.1 and sum(gain > -1e-4 for gain in gains) >= 98, 'a beam may lose the greedy way, but seldom does'
+    assert sum(gains) > 1 and max(gains) > 0.1 and sum(gain > -1e-4 for gain in gains) >= 98, (
+        'a beam may lose the greedy way, but seldom does'
+    )
 
 
 @pytest.mark.parametrize('length_penalty', [0.0, 0.6, 1.5])
 def test_a_beam_wide_enough_is_exhaustive_search(length_penalty):
     model = small(vocab_size=4, seed=5)
     source = rows(5, vocab=4)
-    possible = [[*ids, 0] for n in range(4) for ids in itertools.product((1, 2, 3), repeat=n)]  # in at most four tokens
+    possible = [
+        [*ids, 0] for n in range(4) for ids in itertools.product((1, 2, 3), repeat=n)
+    ]  # in at most four tokens
     possible += [list(ids) for ids in itertools.product((1, 2, 3), repeat=4)]
     targets = padded(possible)
-    log_p = model(source.expand(121, -1), torch.nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0))).log_softmax(-1)
-    sums = torch.where(targets >= 0, log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0], 0).sum(1).tolist()
-    assert sum(map(math.exp, sums)) == pytest.approx(1, abs=1e-4), 'these are all the answers there are'
+    log_p = model(
+        source.expand(121, -1), torch.nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0))
+    ).log_softmax(-1)
+    sums = (
+        torch.where(targets >= 0, log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0], 0)
+        .sum(1)
+        .tolist()
+    )
+    assert sum(map(math.exp, sums)) == pytest.approx(1, abs=1e-4), (
+        'these are all the answers there are'
+    )
     best = sorted(map(Answer, possible, sums), key=lambda a: a.score(length_penalty), reverse=True)
     (wide,) = model.beam(source, 0, 4, width=121, length_penalty=length_penalty)
     assert [a.ids for a in wide[:20]] == [a.ids for a in best[:20]] and len(wide) == 121
@@ -266,10 +357,13 @@ def songs(tmp_path_factory):
 
 def words(songs, out, *more):
     """The command line of a run that takes a second or two."""
-    return f'--input={songs} --out_dir={out} --vocab_size=300 --n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=8'.split() + [
-        *'--max_iters=20 --warmup_iters=5 --eval_interval=10 --log_interval=5 --device=cpu'.split(),
-        *more,
-    ]
+    return (
+        f'--input={songs} --out_dir={out} --vocab_size=300 --n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=8'.split()
+        + [
+            *'--max_iters=20 --warmup_iters=5 --eval_interval=10 --log_interval=5 --device=cpu'.split(),
+            *more,
+        ]
+    )
 
 
 def run_in(songs, out, *more):
@@ -280,12 +374,24 @@ def same(a, b):
     """Two runs ended in the same weights, optimizer states and metrics, to the bit."""
     one, two = (checkpoint.load(str(out / 'ckpt.pt'), optimizer=True) for out in (a, b))
     states = [s['optimizer']['adam']['state'] for s in (one, two)]
-    assert all(torch.equal(one['model'][k], two['model'][k]) for k in one['model'].keys() | two['model'].keys())
-    assert all(torch.equal(x, y) for i in states[0] for x, y in zip(states[0][i].values(), states[1][i].values()))
+    assert all(
+        torch.equal(one['model'][k], two['model'][k])
+        for k in one['model'].keys() | two['model'].keys()
+    )
+    assert all(
+        torch.equal(x, y)
+        for i in states[0]
+        for x, y in zip(states[0][i].values(), states[1][i].values())
+    )
     tables = []
     for out in (a, b):
         with open(out / 'metrics.csv', newline='', encoding='utf-8') as f:
-            tables.append([{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')} for row in csv.DictReader(f)])
+            tables.append(
+                [
+                    {k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')}
+                    for row in csv.DictReader(f)
+                ]
+            )
     assert tables[0] == tables[1] and tables[0]
     return True
 
@@ -296,9 +402,16 @@ def test_verses_and_pairs(tmp_path):
     with open(DEMO, encoding='utf-8') as f:
         texts = [json.loads(line)['lyrics'] for line in f]
     pairs = read_pairs([str(DEMO)])
-    neighbours = {pair for text in texts for verse in verses(text) for pair in itertools.pairwise(verse)}
-    assert set(pairs['train']) | set(pairs['val']) == neighbours and not set(pairs['train']) & set(pairs['val'])
-    assert len(pairs['train']) == len(set(pairs['train'])) and 0.05 < len(pairs['val']) / len(neighbours) < 0.15
+    neighbours = {
+        pair for text in texts for verse in verses(text) for pair in itertools.pairwise(verse)
+    }
+    assert set(pairs['train']) | set(pairs['val']) == neighbours and not set(pairs['train']) & set(
+        pairs['val']
+    )
+    assert (
+        len(pairs['train']) == len(set(pairs['train']))
+        and 0.05 < len(pairs['val']) / len(neighbours) < 0.15
+    )
     split = dict.fromkeys(pairs['train'], 'train') | dict.fromkeys(pairs['val'], 'val')
     shared = 0
     for text in texts:
@@ -319,7 +432,9 @@ def test_order_and_baselines():
     assert sorted(twice[:15]) == sorted(twice[15:]) == list(range(15)) and twice[:15] != twice[15:]
     assert of_step(4, 5, 15, 7) == twice[20:25]
     unigram, bigram = baselines([([9], [1, 2, 0]), ([9], [1, 2, 0])], [([9], [1, 2, 0])], 3)
-    assert unigram == pytest.approx(math.log(3)) and bigram == pytest.approx(-math.log(0.9 + 0.1 / 3))
+    assert unigram == pytest.approx(math.log(3)) and bigram == pytest.approx(
+        -math.log(0.9 + 0.1 / 3)
+    )
 
 
 def test_trains_answers_and_begins_anew(songs, tmp_path):
@@ -328,25 +443,55 @@ def test_trains_answers_and_begins_anew(songs, tmp_path):
     with open(out / 'metrics.csv', newline='', encoding='utf-8') as f:
         rows_ = list(csv.DictReader(f))
     losses, vals = ([float(row[k]) for row in rows_ if row[k]] for k in ('train_loss', 'val_loss'))
-    assert losses[-1] < losses[0] - 0.5 and end['val_loss'] == pytest.approx(vals[-1]) and len(vals) == 6
-    assert {'ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'metrics.csv', 'train.log', 'config.json', 'tokenizer.json'} <= set(os.listdir(out))
+    assert (
+        losses[-1] < losses[0] - 0.5
+        and end['val_loss'] == pytest.approx(vals[-1])
+        and len(vals) == 6
+    )
+    assert {
+        'ckpt.pt',
+        'ckpt.prev.pt',
+        'best.pt',
+        'metrics.csv',
+        'train.log',
+        'config.json',
+        'tokenizer.json',
+    } <= set(os.listdir(out))
     again = train(configure(AnswerConfig, [f'--out_dir={out}', '--eval_only', '--device=cpu']))
     assert again['val_loss'] == pytest.approx(end['best_val_loss'], abs=1e-6)
-    done = script('examples/seq2seq/train_seq2seq.py', f'--out_dir={out}', '--line=The rain came down', '--width=3', '--device=cpu')
+    done = script(
+        'examples/seq2seq/train_seq2seq.py',
+        f'--out_dir={out}',
+        '--line=The rain came down',
+        '--width=3',
+        '--device=cpu',
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split('  log p -')[0] for line in lines] == ['greedy', 'beam 1', 'beam 2', 'beam 3']
+    assert [line.split('  log p -')[0] for line in lines] == [
+        'greedy',
+        'beam 1',
+        'beam 2',
+        'beam 3',
+    ]
     scores = [float(line.split('score ')[1].split()[0]) for line in lines[1:]]
     assert scores == sorted(scores, reverse=True)
     run_in(songs, out)
-    assert (out / 'earlier' / 'best.pt').exists() and checkpoint.load(str(out / 'ckpt.pt'))['iter_num'] == 20
+    assert (out / 'earlier' / 'best.pt').exists() and checkpoint.load(str(out / 'ckpt.pt'))[
+        'iter_num'
+    ] == 20
 
 
 def test_resume_equals_the_unbroken_run(songs, tmp_path):
     whole, parts, other = tmp_path / 'whole', tmp_path / 'parts', tmp_path / 'other'
     run_in(songs, whole)
     run_in(songs, parts, '--max_iters=10')
-    resumed = train(configure(AnswerConfig, [f'--out_dir={parts}', '--init_from=resume', '--max_iters=20', '--device=cpu']))
+    resumed = train(
+        configure(
+            AnswerConfig,
+            [f'--out_dir={parts}', '--init_from=resume', '--max_iters=20', '--device=cpu'],
+        )
+    )
     assert resumed['step'] == 20 and same(whole, parts)
     run_in(songs, other, '--seed=2')
     with pytest.raises(AssertionError):
@@ -362,17 +507,26 @@ def test_kill_and_ctrl_c_at_any_instant_then_resume(songs, tmp_path):
         resume = ['--init_from=resume'] if (killed / 'ckpt.pt').exists() else []
         before = checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] if resume else 0
         process = subprocess.Popen(
-            [sys.executable, 'examples/seq2seq/train_seq2seq.py', *words(songs, killed, *settings, *resume)],
+            [
+                sys.executable,
+                'examples/seq2seq/train_seq2seq.py',
+                *words(songs, killed, *settings, *resume),
+            ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             encoding='utf-8',
-            env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())},  # as many as here: sums in the same order
+            env=os.environ
+            | {
+                'OMP_NUM_THREADS': str(torch.get_num_threads())
+            },  # as many as here: sums in the same order
         )
         deadline = time.time() + 60
         while time.time() < deadline and process.poll() is None:
-            if (killed / 'ckpt.pt').exists() and checkpoint.load(str(killed / 'ckpt.pt'))['iter_num'] > before:
+            if (killed / 'ckpt.pt').exists() and checkpoint.load(str(killed / 'ckpt.pt'))[
+                'iter_num'
+            ] > before:
                 time.sleep(pause)
                 break
             time.sleep(0.01)
@@ -389,18 +543,30 @@ def test_one_validation_pair_has_no_other_line(tmp_path, capsys):
     path = tmp_path / 'few.txt'
     few = [f'the first of {i}\nthe second of {i}' for i in range(8)]
     path.write_text('\n\n'.join(few), encoding='utf-8')
-    seed, two = (next(s for s in range(99) if sum(pick_split(verse, 0.1, s) == 'val' for verse in few) == n) for n in (1, 2))
+    seed, two = (
+        next(s for s in range(99) if sum(pick_split(verse, 0.1, s) == 'val' for verse in few) == n)
+        for n in (1, 2)
+    )
     end = run_in(path, tmp_path / 'out', f'--seed={seed}', '--max_iters=1')
-    assert math.isnan(end['other_loss']) and math.isfinite(end['val_loss']) and 'other lines' not in capsys.readouterr().out
+    assert (
+        math.isnan(end['other_loss'])
+        and math.isfinite(end['val_loss'])
+        and 'other lines' not in capsys.readouterr().out
+    )
     end = run_in(path, tmp_path / 'out', f'--seed={two}', '--max_iters=1')
-    assert end['other_loss'] != end['val_loss'] and 'with other lines to answer' in capsys.readouterr().out
+    assert (
+        end['other_loss'] != end['val_loss']
+        and 'with other lines to answer' in capsys.readouterr().out
+    )
 
 
 def test_a_line_trains_nothing_and_gpt_tools_say_whose_it_is(songs, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     run_in(songs, out, '--max_iters=1')
     about = json.loads((out / 'config.json').read_text(encoding='utf-8'))
-    assert 'norm_first' in about and 'dataset' not in about, 'by this a reader knows it from a run of train.py'
+    assert 'norm_first' in about and 'dataset' not in about, (
+        'by this a reader knows it from a run of train.py'
+    )
     files = {path: path.read_bytes() for path in out.iterdir()}
     for more, said in (
         (['--line='], 'line is empty'),
@@ -408,20 +574,36 @@ def test_a_line_trains_nothing_and_gpt_tools_say_whose_it_is(songs, tmp_path, mo
         (['--line=rain', '--eval_only'], 'neither --eval_only nor --init_from=resume'),
         (['--line=rain', '--n_layer=3'], 'n_layer=3, but .*best.pt has n_layer=1'),
     ):
-        monkeypatch.setattr(sys, 'argv', ['examples/seq2seq/train_seq2seq.py', f'--out_dir={out}', '--device=cpu', *more])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            ['examples/seq2seq/train_seq2seq.py', f'--out_dir={out}', '--device=cpu', *more],
+        )
         with pytest.raises(UserError, match=said):
             main()
     for use in (
         lambda: lyregpt.load(out),
-        lambda: train_gpt(configure(TrainConfig, [f'--out_dir={out}', '--init_from=resume', '--device=cpu'])),
-        lambda: export.export(configure(export.ExportConfig, [f'--out_dir={out}', f'--to={tmp_path / "to"}'])),
+        lambda: train_gpt(
+            configure(TrainConfig, [f'--out_dir={out}', '--init_from=resume', '--device=cpu'])
+        ),
+        lambda: export.export(
+            configure(export.ExportConfig, [f'--out_dir={out}', f'--to={tmp_path / "to"}'])
+        ),
     ):
-        with pytest.raises(UserError, match='is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir=.*pt --line'):
+        with pytest.raises(
+            UserError,
+            match='is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it with: python examples/seq2seq/train_seq2seq.py --out_dir=.*pt --line',
+        ):
             use()
-    monkeypatch.setattr(sys, 'argv', ['lyregpt checkpoint', 'split', str(out / 'ckpt.pt'), str(tmp_path / 'parts')])
+    monkeypatch.setattr(
+        sys, 'argv', ['lyregpt checkpoint', 'split', str(out / 'ckpt.pt'), str(tmp_path / 'parts')]
+    )
     with pytest.raises(UserError, match='is an encoder–decoder'):
         checkpoint.main()
-    assert 'encoder–decoder' in checkpoint.inspect(str(out / 'ckpt.pt')) and not (tmp_path / 'parts').exists()
+    assert (
+        'encoder–decoder' in checkpoint.inspect(str(out / 'ckpt.pt'))
+        and not (tmp_path / 'parts').exists()
+    )
     assert files == {path: path.read_bytes() for path in out.iterdir()}, 'nothing was touched'
 
 
@@ -431,7 +613,9 @@ def test_mistakes_are_one_line(songs, tmp_path, trained):
     alone = tmp_path / 'alone.txt'
     alone.write_text('one line\n\nand one more', encoding='utf-8')
     changed = tmp_path / 'changed.txt'
-    changed.write_text('\n\n'.join(f'line {i}\nand {i}\nthen {i}' for i in range(40)), encoding='utf-8')
+    changed.write_text(
+        '\n\n'.join(f'line {i}\nand {i}\nthen {i}' for i in range(40)), encoding='utf-8'
+    )
     for more, said in (
         (['--n_head=3'], 'n_head=3 does not divide n_embd=16'),
         (['--batch_size=0'], 'batch_size=0: expected at least 1'),
@@ -439,11 +623,23 @@ def test_mistakes_are_one_line(songs, tmp_path, trained):
         ([f'--input={alone}'], 'alone.txt: no line of the .* split has a next one'),
         (['--block_size=2'], 'block_size=2: all pairs have a line with more tokens'),
         (['--device=abacus'], 'device=abacus: expected auto, cpu'),
-        ([f'--out_dir={tmp_path / "empty"}', '--init_from=resume'], 'empty: holds no checkpoint; train first: python examples/seq2seq/train_seq2seq.py'),
+        (
+            [f'--out_dir={tmp_path / "empty"}', '--init_from=resume'],
+            'empty: holds no checkpoint; train first: python examples/seq2seq/train_seq2seq.py',
+        ),
         ([f'--out_dir={trained}', '--init_from=resume'], 'is a GPT, not an encoder'),
-        ([f'--input={changed}', '--init_from=resume', '--block_size=20'], 'changed.txt: not the lines that .*ckpt.pt was trained on'),
-        (['--init_from=resume', '--block_size=20', '--n_layer=2'], 'n_layer=2, but .*ckpt.pt has n_layer=1'),
-        (['--init_from=resume', '--block_size=20', '--vocab_size=512'], 'vocab_size=512, but .*ckpt.pt has vocab_size=300: leave vocab_size out'),
+        (
+            [f'--input={changed}', '--init_from=resume', '--block_size=20'],
+            'changed.txt: not the lines that .*ckpt.pt was trained on',
+        ),
+        (
+            ['--init_from=resume', '--block_size=20', '--n_layer=2'],
+            'n_layer=2, but .*ckpt.pt has n_layer=1',
+        ),
+        (
+            ['--init_from=resume', '--block_size=20', '--vocab_size=512'],
+            'vocab_size=512, but .*ckpt.pt has vocab_size=300: leave vocab_size out',
+        ),
         (['--eval_only', '--block_size=20', '--seed=5'], 'seed=5, but .*best.pt has seed=1337'),
         (['--text_field=words'], "record 1: no text in the field 'words'"),
     ):

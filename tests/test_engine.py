@@ -128,7 +128,9 @@ def test_long_prompts_are_read_in_pieces_and_shared():
     with Running(model) as running:
         rows = submitted(running, [Row(prompt, max_tokens=20, seed=i) for i in range(3)])
         texts = running.texts(rows)
-        longer = running.texts(submitted(running, [Row(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0)]))
+        longer = running.texts(
+            submitted(running, [Row(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0)])
+        )
     assert texts == [generated(model, row) for row in rows] and len(set(texts)) == 3
     assert longer == [generated(model, Row(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0))]
 
@@ -138,7 +140,9 @@ def test_a_long_prompt_does_not_stop_the_others():
     with Running(build(block_size=4 * CHUNK)) as running:
         reading = []
         hidden = running.engine.model.hidden
-        running.engine.model.hidden = lambda idx, cache=None: reading.append(idx.shape[1]) or hidden(idx, cache)
+        running.engine.model.hidden = lambda idx, cache=None: (
+            reading.append(idx.shape[1]) or hidden(idx, cache)
+        )
         first, second = Row([1], max_tokens=200, seed=1), Row([2] * (4 * CHUNK), max_tokens=1)
         running.engine.submit([first])
         time.sleep(0.05)
@@ -146,7 +150,10 @@ def test_a_long_prompt_does_not_stop_the_others():
         running.wait([first, second])
     pieces = [i for i, n in enumerate(reading) if n == CHUNK]
     assert len(pieces) == 4
-    assert all(later - earlier > 1 for earlier, later in zip(pieces, pieces[1:])) or running.pieces[first][-1].finish == 'stop'
+    assert (
+        all(later - earlier > 1 for earlier, later in zip(pieces, pieces[1:]))
+        or running.pieces[first][-1].finish == 'stop'
+    )
 
 
 def test_cancelled_rows_leave_at_once():
@@ -168,27 +175,53 @@ def test_stop_texts():
     stop = whole[40:43]
     cut = whole[: whole.find(stop)]
     with Running(model) as running:
-        row, other, never = rows = [Row([1, 2], max_tokens=80, seed=3, stop=s, logprobs=1) for s in ([stop], ['no such', stop + '!?'], [])]
+        row, other, never = rows = [
+            Row([1, 2], max_tokens=80, seed=3, stop=s, logprobs=1)
+            for s in ([stop], ['no such', stop + '!?'], [])
+        ]
         assert running.texts(submitted(running, rows)) == [cut, whole, whole]
-    assert running.pieces[row][-1].finish == 'stop' and running.pieces[other][-1].finish == running.pieces[never][-1].finish == 'length'
+    assert (
+        running.pieces[row][-1].finish == 'stop'
+        and running.pieces[other][-1].finish == running.pieces[never][-1].finish == 'length'
+    )
     told = [t for piece in running.pieces[row] for t in piece.tokens]
-    assert ''.join(t['token'] for t in told) == cut and [t['offset'] for t in told] == list(range(len(cut)))
+    assert ''.join(t['token'] for t in told) == cut and [t['offset'] for t in told] == list(
+        range(len(cut))
+    )
 
 
 def test_probabilities_are_the_models():
     """Of prompt and text, they are log softmax of one pass over the whole."""
     model = build(block_size=300)
     prompt = [TOKENIZER.eot] + TOKENIZER.encode('x' * (CHUNK + 20))
-    row = Row(prompt, max_tokens=10, logprobs=3, echo='x' * (CHUNK + 20), score=CHUNK + 20, seed=2, temperature=0.5)
+    row = Row(
+        prompt,
+        max_tokens=10,
+        logprobs=3,
+        echo='x' * (CHUNK + 20),
+        score=CHUNK + 20,
+        seed=2,
+        temperature=0.5,
+    )
     with Running(model) as running:
         (text,) = running.texts(submitted(running, [row]))
     told = [t for piece in running.pieces[row] for t in piece.tokens]
     with torch.no_grad():
-        expected = model(torch.tensor([prompt + row.written]))[0, :, : TOKENIZER.vocab_size].float().log_softmax(-1)
+        expected = (
+            model(torch.tensor([prompt + row.written]))[0, :, : TOKENIZER.vocab_size]
+            .float()
+            .log_softmax(-1)
+        )
     ids = prompt[1:] + row.written
-    assert text == ''.join(t['token'] for t in told) and [t['offset'] for t in told] == list(range(len(ids)))
-    assert [t['logprob'] for t in told] == pytest.approx([float(expected[i, token]) for i, token in enumerate(ids)], abs=1e-4)
-    assert list(told[-1]['top'].values()) == pytest.approx(expected[len(ids) - 1].topk(3).values.tolist(), abs=1e-4)
+    assert text == ''.join(t['token'] for t in told) and [t['offset'] for t in told] == list(
+        range(len(ids))
+    )
+    assert [t['logprob'] for t in told] == pytest.approx(
+        [float(expected[i, token]) for i, token in enumerate(ids)], abs=1e-4
+    )
+    assert list(told[-1]['top'].values()) == pytest.approx(
+        expected[len(ids) - 1].topk(3).values.tolist(), abs=1e-4
+    )
 
 
 def test_a_prompt_is_scored_once():
@@ -197,20 +230,29 @@ def test_a_prompt_is_scored_once():
         hidden, both = running.engine.model.hidden, []
 
         def slowly(idx, cache=None):
-            if idx.shape[1] == CHUNK and not both:  # the first piece of the long prompt has been asked for: the other is full now
+            if (
+                idx.shape[1] == CHUNK and not both
+            ):  # the first piece of the long prompt has been asked for: the other is full now
                 both.append(1)
                 other.place = 2 * CHUNK
             return hidden(idx, cache)
 
         running.engine.model.hidden = slowly
-        other, long = Row([1], max_tokens=3000, seed=1), Row([2] * (2 * CHUNK), max_tokens=0, logprobs=0, score=2 * CHUNK)
+        other, long = (
+            Row([1], max_tokens=3000, seed=1),
+            Row([2] * (2 * CHUNK), max_tokens=0, logprobs=0, score=2 * CHUNK),
+        )
         running.engine.submit([other])
         while not other.place:
             time.sleep(0.001)
         running.engine.submit([long])
         running.wait([long])
         running.engine.cancel([other])
-    assert both and [t['token'] for piece in running.pieces[long] for t in piece.tokens] == ['"'] * 2 * CHUNK
+    assert (
+        both
+        and [t['token'] for piece in running.pieces[long] for t in piece.tokens]
+        == ['"'] * 2 * CHUNK
+    )
 
 
 def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
@@ -218,7 +260,10 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         step, running.engine.model.next_logits = running.engine.model.next_logits, None
         broken = submitted(running, [Row([1], max_tokens=5)])
         running.wait(broken)
-        assert running.pieces[broken[0]][-1].finish == 'error' and 'failed' in running.pieces[broken[0]][-1].error
+        assert (
+            running.pieces[broken[0]][-1].finish == 'error'
+            and 'failed' in running.pieces[broken[0]][-1].error
+        )
         running.engine.model.next_logits = step
         rows = [some_row(i) for i in range(6)]
         first = submitted(running, [rows[0]])
@@ -226,7 +271,9 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         running.wait(submitted(running, rows[1:]) + first)
         monkeypatch.undo()
         assert 'error' in {running.pieces[row][-1].finish for row in rows}
-        assert running.texts(submitted(running, [some_row(7)])) == [generated(running.engine.model, some_row(7))]
+        assert running.texts(submitted(running, [some_row(7)])) == [
+            generated(running.engine.model, some_row(7))
+        ]
     with pytest.raises(Ended):
         running.engine.submit([Row([1])])
 
@@ -238,6 +285,11 @@ def test_a_text_that_ends_within_a_character(monkeypatch):
     with Running(build(), max_batch=16) as running:
         running.engine.submit(rows)
         texts = running.texts(rows)
-    whole = [bytewise.decode(row.written[:-1] if row.written[-1] == bytewise.eot else row.written) for row in rows]
+    whole = [
+        bytewise.decode(row.written[:-1] if row.written[-1] == bytewise.eot else row.written)
+        for row in rows
+    ]
     halves = [bytewise.stream_decoder() for _ in rows]
-    assert texts == whole and whole != [''.join(map(decode, row.written)) for decode, row in zip(halves, rows)], 'some ended so'
+    assert texts == whole and whole != [
+        ''.join(map(decode, row.written)) for decode, row in zip(halves, rows)
+    ], 'some ended so'

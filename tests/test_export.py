@@ -35,8 +35,19 @@ SHAPES = {
     'modern': dict(arch='modern', n_kv_head=2),
     'modern tied': dict(arch='modern', tie_weights=True, head_dim=16, rope_theta=500.0, n_ff=40),
 }
-NASTY = ['', ' ', 'The rain', "don't   stop\n\n\n now ", '\t a\r\nb', f'a{EOT}b', 'naïve Ångström', '日本 🦇🎸 e\u0301\u200d', 'ΌΣΟΣ ΣΑΣ\x1c\xa0x', 'ﷺ\x00']
-KNOWN = 'a bcdefghijklmnopqrstuvwxyzTR\n\t\'.<|>äöüéς日🦇'
+NASTY = [
+    '',
+    ' ',
+    'The rain',
+    "don't   stop\n\n\n now ",
+    '\t a\r\nb',
+    f'a{EOT}b',
+    'naïve Ångström',
+    '日本 🦇🎸 e\u0301\u200d',
+    'ΌΣΟΣ ΣΑΣ\x1c\xa0x',
+    'ﷺ\x00',
+]
+KNOWN = "a bcdefghijklmnopqrstuvwxyzTR\n\t'.<|>äöüéς日🦇"
 
 
 def random_checkpoint(folder, tokenizer, **changes):
@@ -45,9 +56,24 @@ def random_checkpoint(folder, tokenizer, **changes):
     shape = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size + 7)
     model = GPT(GPTConfig(**shape | changes)).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.2)
-    state = {'model': model.state_dict(), 'model_args': model.config.to_dict(), 'tokenizer': tokenizer.state(), 'iter_num': 7}
-    checkpoint.save(str(folder / 'best.pt'), state | {'best_val_loss': 2.0, 'config': {'dataset': 'nowhere'}, 'meta': {'bytes_per_token': 4.0}})
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(
+            p, mean=1.0, std=0.2
+        )
+    state = {
+        'model': model.state_dict(),
+        'model_args': model.config.to_dict(),
+        'tokenizer': tokenizer.state(),
+        'iter_num': 7,
+    }
+    checkpoint.save(
+        str(folder / 'best.pt'),
+        state
+        | {
+            'best_val_loss': 2.0,
+            'config': {'dataset': 'nowhere'},
+            'meta': {'bytes_per_token': 4.0},
+        },
+    )
     return str(folder), model
 
 
@@ -76,20 +102,36 @@ def tokenizers(demo_text):
 
 def texts_for(tokenizer):
     known = set(tokenizer.chars) if tokenizer.kind == 'char' and tokenizer.unk is None else None
-    return [''.join(c for c in t if known is None or set(tokenizer.normalize(c)) <= known) for t in NASTY]
+    return [
+        ''.join(c for c in t if known is None or set(tokenizer.normalize(c)) <= known)
+        for t in NASTY
+    ]
 
 
 def greedy(model, tokenizer, prompt, n=30):
     ids = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(prompt)
     stop = [] if tokenizer.eot is None else [tokenizer.eot]
-    return [int(t) for t in model.generate([ids], n, temperature=0, vocab_size=tokenizer.vocab_size, stop_tokens=stop)]
+    return [
+        int(t)
+        for t in model.generate(
+            [ids], n, temperature=0, vocab_size=tokenizer.vocab_size, stop_tokens=stop
+        )
+    ]
 
 
 # -----------------------------------------------------------------------------
 # Hugging Face
 
 
-@pytest.mark.parametrize('shape, kind', [('gpt2', 'gpt2'), ('gpt2 without biases', 'no_end'), ('modern', 'bpe'), ('modern tied', 'char')])
+@pytest.mark.parametrize(
+    'shape, kind',
+    [
+        ('gpt2', 'gpt2'),
+        ('gpt2 without biases', 'no_end'),
+        ('modern', 'bpe'),
+        ('modern tied', 'char'),
+    ],
+)
 def test_transformers_computes_the_same(tmp_path, tokenizers, shape, kind):
     transformers = pytest.importorskip('transformers')
     tokenizer = tokenizers[kind]
@@ -104,7 +146,9 @@ def test_transformers_computes_the_same(tmp_path, tokenizers, shape, kind):
     assert error < 1e-4
     prompt = reader('the rain', return_tensors='pt')
     with torch.no_grad():
-        words = theirs.generate(**prompt, do_sample=False, max_new_tokens=30)[0, prompt.input_ids.size(1) :].tolist()
+        words = theirs.generate(**prompt, do_sample=False, max_new_tokens=30)[
+            0, prompt.input_ids.size(1) :
+        ].tolist()
     assert words == greedy(model, tokenizer, 'the rain')
 
 
@@ -114,7 +158,10 @@ def test_transformers_reads_the_same_tokens(tmp_path, tokenizers, kind):
     tokenizer = tokenizers[kind]
     folder, _ = exported(tmp_path, tokenizer, n_layer=1, n_embd=4, n_head=1)
     reader = transformers.AutoTokenizer.from_pretrained(folder)
-    assert len(reader) == tokenizer.vocab_size and reader.eos_token_id == reader.bos_token_id == tokenizer.eot
+    assert (
+        len(reader) == tokenizer.vocab_size
+        and reader.eos_token_id == reader.bos_token_id == tokenizer.eot
+    )
     for text in texts_for(tokenizer):
         ids = tokenizer.encode(text)
         assert reader(text, add_special_tokens=False).input_ids == ids, repr(text)
@@ -130,7 +177,10 @@ def test_the_tokenizer_comes_back(tmp_path, tokenizers):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / 'tokenizer.json').write_text(json.dumps(tokenizers[kind].to_hf()))
         back = load(str(tmp_path / kind / 'tokenizer.json'))
-        assert back.fingerprint() == tokenizers[kind].fingerprint() and back.eot == tokenizers[kind].eot
+        assert (
+            back.fingerprint() == tokenizers[kind].fingerprint()
+            and back.eot == tokenizers[kind].eot
+        )
         assert back.state() == tokenizers[kind].state() or kind == 'gpt2'
         assert all(back.encode(t) == tokenizers[kind].encode(t) for t in texts_for(back))
 
@@ -161,24 +211,44 @@ def test_foreign_tokenizers(tmp_path):
     engine = Engine(models.BPE({c: i for i, c in enumerate(letters)} | {'ab': 256}, [('a', 'b')]))
     engine.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(r'\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+'), 'isolated')
-    engine.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    engine.decoder, engine.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    engine.decoder, engine.post_processor = (
+        decoders.ByteLevel(),
+        processors.ByteLevel(trim_offsets=False),
+    )
     engine.add_special_tokens([AddedToken('<|im_end|>', normalized=False)])
     engine.add_tokens([AddedToken('<töol>', normalized=False)])
     engine.save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": {"content": "<|im_end|>"}}')
     tokenizer = load(str(tmp_path / 'tokenizer.json'))
     assert (tokenizer.vocab_size, tokenizer.eot) == (259, 257)
-    assert tokenizer.encode('ab <töol>') == [256, letters.index('Ġ'), 258] and tokenizer.decode([258, 257]) == '<töol><|im_end|>'
-    assert 257 not in tokenizer.encode('<|im_end|>') and tokenizer.decode(tokenizer.encode('e\u0301 12')) == 'é 12'
+    assert (
+        tokenizer.encode('ab <töol>') == [256, letters.index('Ġ'), 258]
+        and tokenizer.decode([258, 257]) == '<töol><|im_end|>'
+    )
+    assert (
+        257 not in tokenizer.encode('<|im_end|>')
+        and tokenizer.decode(tokenizer.encode('e\u0301 12')) == 'é 12'
+    )
     tokenizer.save(str(tmp_path / 'ours.json'))
     assert load(str(tmp_path / 'ours.json')).eot == 257
     state = json.loads(engine.to_str())
-    plain = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    plain = {
+        'type': 'ByteLevel',
+        'add_prefix_space': False,
+        'trim_offsets': True,
+        'use_regex': True,
+    }
     for message, changes in {
         'split': {},
         'normalizer': {'pre_tokenizer': plain},
-        'ignore_merges': {'pre_tokenizer': plain, 'normalizer': None, 'model': state['model'] | {'ignore_merges': True}},
+        'ignore_merges': {
+            'pre_tokenizer': plain,
+            'normalizer': None,
+            'model': state['model'] | {'ignore_merges': True},
+        },
     }.items():
         with pytest.raises(UserError, match=f'format=gguf: .*{message}'):
             gguf_vocabulary(from_hf(state | changes, '<|im_end|>'))
@@ -199,7 +269,9 @@ def test_gpt2s_older_two_files(tmp_path, demo_text):
     ours = BPETokenizer.train([demo_text], 400)
     model = ours.state()['model']['model']
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "vocab_size": 50257}')
-    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(' '.join(m) for m in model['merges']))
+    (tmp_path / 'merges.txt').write_text(
+        '#version: 0.2\n' + '\n'.join(' '.join(m) for m in model['merges'])
+    )
     with pytest.raises(UserError, match='vocab.json: no such file'):
         of_pretrained(str(tmp_path))
     (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab']))
@@ -220,24 +292,40 @@ def test_export_and_back(tmp_path, tokenizers, shape):
     folder, model = exported(tmp_path, tokenizers['bpe'], **SHAPES[shape])
     assert is_pretrained(folder)
     again, tokenizer = load_model(SampleConfig(init_from=folder, device='cpu'))
-    assert tokenizer.state() == tokenizers['bpe'].state() and again.config.vocab_size == tokenizer.vocab_size
+    assert (
+        tokenizer.state() == tokenizers['bpe'].state()
+        and again.config.vocab_size == tokenizer.vocab_size
+    )
     again = from_pretrained(folder).eval()
     idx = torch.randint(tokenizer.vocab_size, (2, 64))
     with torch.no_grad():
-        torch.testing.assert_close(again(idx), model(idx)[..., : tokenizer.vocab_size], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            again(idx), model(idx)[..., : tokenizer.vocab_size], atol=1e-5, rtol=1e-5
+        )
     assert greedy(again, tokenizer, 'the rain') == greedy(model, tokenizer, 'the rain')
 
 
 def test_fine_tuning_an_exported_model(tmp_path, trained, chars):
     folder = export(ExportConfig(out_dir=str(trained), to=str(tmp_path / 'x')))
-    train(tiny(chars, tmp_path / 'out', f'--init_from={folder}', '--max_iters=1', '--eval_interval=1'))
+    train(
+        tiny(chars, tmp_path / 'out', f'--init_from={folder}', '--max_iters=1', '--eval_interval=1')
+    )
     _, state = checkpoint.load_from(str(tmp_path / 'out'), best=False)
     assert state['tokenizer'] == checkpoint.load_from(str(trained))[1]['tokenizer']
     before, after = checkpoint.load_from(str(trained))[1]['best_val_loss'], state['best_val_loss']
     assert abs(after - before) < 0.2, 'it goes on where the other stopped'
     (tmp_path / 'wide').mkdir()
     folder, _ = exported(tmp_path / 'wide', load(str(chars / 'meta.json')), **SHAPES['modern tied'])
-    train(tiny(chars, tmp_path / 'out', f'--init_from={folder}', '--max_iters=1', '--eval_interval=1', '--n_head=4'))
+    train(
+        tiny(
+            chars,
+            tmp_path / 'out',
+            f'--init_from={folder}',
+            '--max_iters=1',
+            '--eval_interval=1',
+            '--n_head=4',
+        )
+    )
     _, state = checkpoint.load_from(str(tmp_path / 'out'), best=False)
     assert (state['model_args']['head_dim'], state['model_args']['rope_theta']) == (16, 500.0)
     train(tiny(chars, tmp_path / 'out', '--init_from=resume', '--max_iters=2', '--n_head=4'))
@@ -245,30 +333,49 @@ def test_fine_tuning_an_exported_model(tmp_path, trained, chars):
 
 def test_a_dataset_of_other_tokens_is_refused(tmp_path, chars, tokenizers):
     folder, _ = exported(tmp_path, tokenizers['bpe'], **SHAPES['modern'])
-    with pytest.raises(UserError, match=r'char tokens, which are not those of .*x: prepare it with --tokenizer=.*x/tokenizer.json'):
+    with pytest.raises(
+        UserError,
+        match=r'char tokens, which are not those of .*x: prepare it with --tokenizer=.*x/tokenizer.json',
+    ):
         train(tiny(chars, tmp_path / 'out', f'--init_from={folder}', '--n_layer=2'))
 
 
 def test_a_qwen3_as_it_is_handed_out(tmp_path):
     """bfloat16, in shards, its heads wider than its width allows, a theta of a million."""
     transformers = pytest.importorskip('transformers')
-    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    shape = dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     rope = {'rope_type': 'default', 'rope_theta': 1e6}
     torch.manual_seed(0)
     theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**shape, max_position_embeddings=64, rope_parameters=rope, tie_word_embeddings=True)
+        transformers.Qwen3Config(
+            **shape, max_position_embeddings=64, rope_parameters=rope, tie_word_embeddings=True
+        )
     )
     for p in theirs.parameters():
         torch.nn.init.normal_(p, mean=0.2, std=0.3)
     theirs.bfloat16().save_pretrained(tmp_path, max_shard_size='20KB')
     assert (tmp_path / 'model.safetensors.index.json').exists()
     ours = from_pretrained(str(tmp_path)).eval()
-    assert (ours.config.head_dim, ours.config.rope_theta, ours.config.tie_weights) == (16, 1e6, True)
+    assert (ours.config.head_dim, ours.config.rope_theta, ours.config.tie_weights) == (
+        16,
+        1e6,
+        True,
+    )
     idx = torch.randint(300, (2, 64))
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
-    with pytest.raises(UserError, match="tokenizer.json: no such file, and 300 tokens are not GPT-2's"):
+    with pytest.raises(
+        UserError, match="tokenizer.json: no such file, and 300 tokens are not GPT-2's"
+    ):
         of_pretrained(str(tmp_path))
     config = json.loads((tmp_path / 'config.json').read_text())
     for key, value in {
@@ -281,7 +388,10 @@ def test_a_qwen3_as_it_is_handed_out(tmp_path):
         'quantization_config': {'bits': 4},
     }.items():
         (tmp_path / 'config.json').write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match=f'config.json: {key.replace("parameters", "scaling")}=.* cannot be computed here'):
+        with pytest.raises(
+            ValueError,
+            match=f'config.json: {key.replace("parameters", "scaling")}=.* cannot be computed here',
+        ):
             from_pretrained(str(tmp_path))
     (tmp_path / 'config.json').write_text(json.dumps(config))
     next(tmp_path.glob('model-00002*')).unlink()
@@ -291,11 +401,18 @@ def test_a_qwen3_as_it_is_handed_out(tmp_path):
 
 @pytest.mark.parametrize(
     'key, value',
-    [('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6), ('scale_attn_by_inverse_layer_idx', True), ('scale_attn_weights', False)],
+    [
+        ('activation_function', 'relu'),
+        ('layer_norm_epsilon', 1e-6),
+        ('scale_attn_by_inverse_layer_idx', True),
+        ('scale_attn_weights', False),
+    ],
 )
 def test_gpt2s_that_differ_are_refused(tmp_path, key, value):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2', key: value}))
-    with pytest.raises(ValueError, match=f'config.json: {key}={value} cannot be computed here, expected'):
+    with pytest.raises(
+        ValueError, match=f'config.json: {key}={value} cannot be computed here, expected'
+    ):
         from_pretrained(str(tmp_path))
 
 
@@ -303,27 +420,48 @@ def test_folders_that_do_not_fit(tmp_path, tokenizers):
     from safetensors.torch import load_file, save_file
 
     folder, model = exported(tmp_path, tokenizers['bpe'], **SHAPES['modern'])
-    config, path = json.loads((tmp_path / 'x' / 'config.json').read_text()), tmp_path / 'x' / 'model.safetensors'
-    for key in 'hidden_size', 'num_hidden_layers', 'vocab_size', 'max_position_embeddings', 'intermediate_size', 'head_dim':
+    config, path = (
+        json.loads((tmp_path / 'x' / 'config.json').read_text()),
+        tmp_path / 'x' / 'model.safetensors',
+    )
+    for key in (
+        'hidden_size',
+        'num_hidden_layers',
+        'vocab_size',
+        'max_position_embeddings',
+        'intermediate_size',
+        'head_dim',
+    ):
         (tmp_path / 'x' / 'config.json').write_text(json.dumps(config | {key: 10**12}))
         with pytest.raises(ValueError, match='config.json|model.safetensors') as found:
             from_pretrained(folder)
         assert '\n' not in str(found.value), key
     (tmp_path / 'x' / 'config.json').write_text(json.dumps(config))
     weights = load_file(path)
-    for name, other in ('model.layers.0.self_attn.k_proj.weight', torch.ones(16, 40)), ('model.norm.weight', torch.tensor(1.0)):
+    for name, other in (
+        ('model.layers.0.self_attn.k_proj.weight', torch.ones(16, 40)),
+        ('model.norm.weight', torch.tensor(1.0)),
+    ):
         save_file(weights | {name: other}, path)
-        with pytest.raises(ValueError, match=f'model.safetensors: {name} is .*, which does not fit'):
+        with pytest.raises(
+            ValueError, match=f'model.safetensors: {name} is .*, which does not fit'
+        ):
             from_pretrained(folder)
     path.unlink()
     assert is_pretrained(folder)
-    with pytest.raises(ValueError, match='none of model.safetensors, .*pytorch_model.bin.index.json is there'):
+    with pytest.raises(
+        ValueError, match='none of model.safetensors, .*pytorch_model.bin.index.json is there'
+    ):
         from_pretrained(folder)
     names = sorted(weights)
     for i in range(2):
         torch.save({name: weights[name] for name in names[i::2]}, tmp_path / 'x' / f'{i}.bin')
-    (tmp_path / 'x' / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {name: f'{i % 2}.bin' for i, name in enumerate(names)}}))
-    assert torch.equal(from_pretrained(folder).state_dict()['lm_head.weight'], weights['lm_head.weight'])
+    (tmp_path / 'x' / 'pytorch_model.bin.index.json').write_text(
+        json.dumps({'weight_map': {name: f'{i % 2}.bin' for i, name in enumerate(names)}})
+    )
+    assert torch.equal(
+        from_pretrained(folder).state_dict()['lm_head.weight'], weights['lm_head.weight']
+    )
     torch.save({1: torch.ones(1)}, tmp_path / 'x' / 'pytorch_model.bin')
     with pytest.raises(ValueError, match='pytorch_model.bin: damaged'):
         from_pretrained(folder)
@@ -333,7 +471,9 @@ def test_folders_that_do_not_fit(tmp_path, tokenizers):
 # GGUF
 
 
-@pytest.mark.parametrize('shape, kind', [('gpt2 without biases', 'bpe'), ('modern', 'char'), ('modern tied', 'no_end')])
+@pytest.mark.parametrize(
+    'shape, kind', [('gpt2 without biases', 'bpe'), ('modern', 'char'), ('modern tied', 'no_end')]
+)
 def test_gguf_holds_the_model(tmp_path, tokenizers, shape, kind):
     gguf = pytest.importorskip('gguf')
     tokenizer = tokenizers[kind]
@@ -341,14 +481,26 @@ def test_gguf_holds_the_model(tmp_path, tokenizers, shape, kind):
     file = gguf.GGUFReader(path)
     field = {name: f.contents() for name, f in file.fields.items()}
     arch, spare = field['general.architecture'], tokenizer.eot is None
-    assert arch == ('gpt2' if 'gpt2' in shape else 'qwen3') and field[f'{arch}.block_count'] == 2 and field[f'{arch}.context_length'] == 64
+    assert (
+        arch == ('gpt2' if 'gpt2' in shape else 'qwen3')
+        and field[f'{arch}.block_count'] == 2
+        and field[f'{arch}.context_length'] == 64
+    )
     tokens, eot = field['tokenizer.ggml.tokens'], field['tokenizer.ggml.eos_token_id']
     assert len(tokens) == len(set(tokens)) == tokenizer.vocab_size + spare and tokens[eot] == EOT
-    assert field['tokenizer.ggml.token_type'][eot] == gguf.TokenType.CONTROL and field['tokenizer.ggml.add_bos_token'] is not spare
+    assert (
+        field['tokenizer.ggml.token_type'][eot] == gguf.TokenType.CONTROL
+        and field['tokenizer.ggml.add_bos_token'] is not spare
+    )
     tensors = {t.name: torch.tensor(t.data) for t in file.tensors}
     own = model.state_dict()
-    assert torch.equal(tensors['token_embd.weight'][: tokenizer.vocab_size], own['transformer.wte.weight'][: tokenizer.vocab_size])
-    assert ('output.weight' in tensors) is not model.config.tie_weights and len(tensors['token_embd.weight']) == len(tokens)
+    assert torch.equal(
+        tensors['token_embd.weight'][: tokenizer.vocab_size],
+        own['transformer.wte.weight'][: tokenizer.vocab_size],
+    )
+    assert ('output.weight' in tensors) is not model.config.tie_weights and len(
+        tensors['token_embd.weight']
+    ) == len(tokens)
     assert torch.equal(tensors['blk.1.ffn_down.weight'], own['transformer.h.1.mlp.c_proj.weight'])
     q = tensors['blk.0.attn_qkv.weight' if arch == 'gpt2' else 'blk.0.attn_q.weight']
     assert torch.equal(q, own['transformer.h.0.attn.c_attn.weight'][: len(q)])
@@ -363,8 +515,12 @@ def test_gguf_spells_characters_in_bytes(tmp_path, tokenizers):
     from tokenizers import Tokenizer as Engine
     from tokenizers import models, pre_tokenizers
 
-    parts = {part for a, b in rank for part in (a, b, a + b)} - ids.keys()  # of characters: this library wants ids for them, llama.cpp does not
-    engine = Engine(models.BPE(ids | {part: len(ids) + i for i, part in enumerate(sorted(parts))}, list(rank)))
+    parts = {
+        part for a, b in rank for part in (a, b, a + b)
+    } - ids.keys()  # of characters: this library wants ids for them, llama.cpp does not
+    engine = Engine(
+        models.BPE(ids | {part: len(ids) + i for i, part in enumerate(sorted(parts))}, list(rank))
+    )
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert engine.encode(KNOWN * 3).ids == tokenizers['char'].encode(KNOWN * 3)
 
@@ -375,8 +531,15 @@ def test_half_as_large(tmp_path, tokenizers, dtype, size):
     folder, model = exported(tmp_path, tokenizers['bpe'], f'--dtype={dtype}', **SHAPES['modern'])
     again = from_pretrained(folder)
     for name, w in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], w[: len(again.state_dict()[name])].to(getattr(torch, dtype)).float(), atol=0, rtol=0)
-    path = export(ExportConfig(out_dir=str(tmp_path), format='gguf', to=str(tmp_path / 'y.gguf'), dtype=dtype))
+        torch.testing.assert_close(
+            again.state_dict()[name],
+            w[: len(again.state_dict()[name])].to(getattr(torch, dtype)).float(),
+            atol=0,
+            rtol=0,
+        )
+    path = export(
+        ExportConfig(out_dir=str(tmp_path), format='gguf', to=str(tmp_path / 'y.gguf'), dtype=dtype)
+    )
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     assert found['output.weight'].tensor_type.name == {'bfloat16': 'BF16', 'float16': 'F16'}[dtype]
     assert found['output.weight'].n_bytes == size * found['output.weight'].n_elements
@@ -390,18 +553,32 @@ def test_llama_cpp_writes_the_same(tmp_path, tokenizers, shape, kind):
     """LLAMA_PYTHON=…/bin/python python -m pytest -m long tests/test_export.py -k llama: a Python that has llama-cpp-python."""
     python = os.environ.get('LLAMA_PYTHON', sys.executable)
     if subprocess.run([python, '-c', 'import llama_cpp'], capture_output=True).returncode:
-        pytest.skip('llama-cpp-python is not installed here; name a Python that has it in LLAMA_PYTHON')
+        pytest.skip(
+            'llama-cpp-python is not installed here; name a Python that has it in LLAMA_PYTHON'
+        )
     tokenizer = tokenizers[kind]
     path, model = exported(tmp_path, tokenizer, '--format=gguf', **SHAPES[shape])
     prompts = [tokenizer.normalize(t) for t in ('the rain', "don't stop\n\nnow", ' äöü 日🦇 ...')]
-    done = subprocess.run([python, str(ROOT / 'tests' / 'llama_check.py'), path, '30', *prompts], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [python, str(ROOT / 'tests' / 'llama_check.py'), path, '30', *prompts],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     for prompt, line in zip(prompts, done.stdout.splitlines(), strict=True):
         found = json.loads(line)
         ids = [tokenizer.eot][tokenizer.eot is None :] + tokenizer.encode(prompt)
         assert found['prompt'] == ids
         with torch.no_grad():
-            error = (model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size] - torch.tensor(found['logits'])[: tokenizer.vocab_size]).abs().max()
+            error = (
+                (
+                    model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size]
+                    - torch.tensor(found['logits'])[: tokenizer.vocab_size]
+                )
+                .abs()
+                .max()
+            )
         print(f'{shape}, {kind}: logits differ by {error:.1e} at most')
         assert found['written'] == greedy(model, tokenizer, prompt)
         assert error < (2e-2 if 'gpt2' in shape else 1e-4)  # its GELU is a table in float16
@@ -416,9 +593,20 @@ def test_the_card(trained, tmp_path, monkeypatch):
     for form, path in ('hf', 'README.md'), ('gguf', '.md'):
         to = export(configure(ExportConfig, [f'--out_dir={trained}', f'--format={form}']))
         assert to == f'export-{trained.name}' + '.gguf' * (form == 'gguf')
-        text = (tmp_path / to / path if form == 'hf' else tmp_path / to.replace('.gguf', path)).read_text(encoding='utf-8')
-        assert text.startswith('---\nlibrary_name: ') and 'license: other' in text and text.count('FILL IN') >= 4
-        assert 'nats per token' in text and 'bits per byte' in text and '| train |' in text and '32 tokens' in text
+        text = (
+            tmp_path / to / path if form == 'hf' else tmp_path / to.replace('.gguf', path)
+        ).read_text(encoding='utf-8')
+        assert (
+            text.startswith('---\nlibrary_name: ')
+            and 'license: other' in text
+            and text.count('FILL IN') >= 4
+        )
+        assert (
+            'nats per token' in text
+            and 'bits per byte' in text
+            and '| train |' in text
+            and '32 tokens' in text
+        )
         assert ('FROM ./' in text) is (form == 'gguf') and to.removesuffix('.gguf') in text
     assert not list(tmp_path.glob('*.tmp'))
 
@@ -426,7 +614,10 @@ def test_the_card(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (dict(arch='modern', position='sinusoidal'), 'position=sinusoidal: .*position=rope could be exported'),
+        (
+            dict(arch='modern', position='sinusoidal'),
+            'position=sinusoidal: .*position=rope could be exported',
+        ),
         (dict(arch='modern', mlp='relu2'), 'mlp=relu2: .*mlp=swiglu'),
         (dict(arch='modern', bias=True), 'bias=True'),
         (dict(arch='modern', qk_norm=False), 'qk_norm=False'),
@@ -444,21 +635,34 @@ def test_what_is_there_stays(tmp_path, trained):
     (tmp_path / 'empty').mkdir()
     export(ExportConfig(out_dir=str(trained), to=str(tmp_path / 'empty')))
     assert (tmp_path / 'empty' / 'config.json').exists()
-    for form, name in ('hf', 'empty'), ('hf', 'd.gguf'), ('gguf', 'a.gguf'), ('gguf', 'b.gguf'), ('gguf', 'c.gguf'), ('gguf', 'd.gguf'):
+    for form, name in (
+        ('hf', 'empty'),
+        ('hf', 'd.gguf'),
+        ('gguf', 'a.gguf'),
+        ('gguf', 'b.gguf'),
+        ('gguf', 'c.gguf'),
+        ('gguf', 'd.gguf'),
+    ):
         (tmp_path / 'd.gguf').touch()
         (tmp_path / 'a.gguf').write_text('mine')
         (tmp_path / 'b.md').write_text('mine')
         (tmp_path / 'c.gguf').mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f'{name[0]}.* is there already'):
             export(ExportConfig(out_dir=str(trained), to=str(tmp_path / name), format=form))
-    assert (tmp_path / 'a.gguf').read_text() == (tmp_path / 'b.md').read_text() == 'mine' and not (tmp_path / 'b.gguf').exists()
+    assert (tmp_path / 'a.gguf').read_text() == (tmp_path / 'b.md').read_text() == 'mine' and not (
+        tmp_path / 'b.gguf'
+    ).exists()
 
 
 def test_nothing_half_written(tmp_path, trained, monkeypatch):
     def fails(*args):
         raise OSError(28, 'No space left on device')
 
-    for form, name, to in ('hf', 'lyregpt.export.save_file', 'x'), ('gguf', 'gguf.GGUFWriter.write_tensors_to_file', 'x.gguf'), ('gguf', 'os.replace', 'x.gguf'):
+    for form, name, to in (
+        ('hf', 'lyregpt.export.save_file', 'x'),
+        ('gguf', 'gguf.GGUFWriter.write_tensors_to_file', 'x.gguf'),
+        ('gguf', 'os.replace', 'x.gguf'),
+    ):
         if name == 'os.replace':  # of the two files the second one
             monkeypatch.undo()
             replace = os.replace
@@ -471,23 +675,39 @@ def test_nothing_half_written(tmp_path, trained, monkeypatch):
 
 
 def test_the_card_says_what_is_known(tmp_path, chars, trained):
-    text = Path(export(ExportConfig(out_dir=str(trained), to=str(tmp_path / 'a'))), 'README.md').read_text()
+    text = Path(
+        export(ExportConfig(out_dir=str(trained), to=str(tmp_path / 'a'))), 'README.md'
+    ).read_text()
     assert 'data alone' in text and 'began from' not in text and 'trained with lyreGPT' in text
     out = tmp_path / 'out'
     train(tiny(chars, out, f'--init_from={trained}', '--max_iters=1', '--eval_interval=1'))
     train(tiny(chars, out, '--init_from=resume', '--max_iters=2', '--eval_interval=1'))
-    text = Path(export(ExportConfig(out_dir=str(out), to=str(tmp_path / 'b'))), 'README.md').read_text()
+    text = Path(
+        export(ExportConfig(out_dir=str(out), to=str(tmp_path / 'b'))), 'README.md'
+    ).read_text()
     splits = json.loads((chars / 'meta.json').read_text())['splits']
-    assert 'data alone' not in text and f'| began from | {trained.name} |' in text and f'| train | {splits["train"]["documents"]:,} |' in text
+    assert (
+        'data alone' not in text
+        and f'| began from | {trained.name} |' in text
+        and f'| train | {splits["train"]["documents"]:,} |' in text
+    )
 
 
 def test_foreign_checkpoints(tmp_path, trained):
     whole = checkpoint.load(str(trained / 'best.pt'))
     path = str(tmp_path / 'best.pt')
-    strange = {'config': {'init_from': None, 'dataset': None}, 'meta': {'splits': 5, 'bytes_per_token': 'x'}}
+    strange = {
+        'config': {'init_from': None, 'dataset': None},
+        'meta': {'splits': 5, 'bytes_per_token': 'x'},
+    }
     for i, changes in enumerate(({'best_val_loss': None, 'iter_num': None}, strange)):
         checkpoint.save(path, whole | changes)
-        assert 'None' not in Path(export(ExportConfig(out_dir=path, to=str(tmp_path / f'x{i}'))), 'README.md').read_text()
+        assert (
+            'None'
+            not in Path(
+                export(ExportConfig(out_dir=path, to=str(tmp_path / f'x{i}'))), 'README.md'
+            ).read_text()
+        )
     for changes in {'config': None}, {'meta': 5}, {'tokenizer': 5}:
         checkpoint.save(path, whole | changes)
         with pytest.raises(UserError, match=f'best.pt: its {min(changes)} is no dictionary'):
@@ -504,7 +724,9 @@ def test_mistakes_get_one_line(tmp_path, trained):
             export(configure(ExportConfig, words))
     (tmp_path / 'best.pt').write_bytes(b'PK no checkpoint')
     done = script('-m', 'lyregpt', 'export', f'--out_dir={tmp_path}', f'--to={tmp_path}/x')
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'damaged' in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'damaged' in done.stderr, (
+        done.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.pt']
 
 

@@ -25,18 +25,26 @@ def tokens_at_hand():
 
 def texts(n=400, seed=1):
     rng = np.random.default_rng(seed)
-    return ['', 'half a pair \ud83d', *(' '.join(rng.choice(WORDS, rng.integers(1, 80))) + '\n' for _ in range(n - 2))]
+    return [
+        '',
+        'half a pair \ud83d',
+        *(' '.join(rng.choice(WORDS, rng.integers(1, 80))) + '\n' for _ in range(n - 2)),
+    ]
 
 
 def write_jsonl(path, pages):
-    path.write_text(''.join(json.dumps({'text': t, 'url': 'x'}) + '\n' for t in pages), encoding='utf-8')
+    path.write_text(
+        ''.join(json.dumps({'text': t, 'url': 'x'}) + '\n' for t in pages), encoding='utf-8'
+    )
     return path
 
 
 @pytest.fixture
 def prepare(monkeypatch):
     """The script as a module; calling it runs `main` with these words."""
-    spec = importlib.util.spec_from_file_location('fineweb_prepare', ROOT / 'data' / 'fineweb' / 'prepare.py')
+    spec = importlib.util.spec_from_file_location(
+        'fineweb_prepare', ROOT / 'data' / 'fineweb' / 'prepare.py'
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, 'fineweb_prepare', module)
     spec.loader.exec_module(module)
@@ -64,24 +72,44 @@ def documents(folder, *names):
 
 
 def expected(pages):
-    return [tiktoken.get_encoding('gpt2').encode_ordinary(t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')) for t in pages]
+    return [
+        tiktoken.get_encoding('gpt2').encode_ordinary(
+            t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        )
+        for t in pages
+    ]
 
 
 def test_shards_hold_the_documents(tmp_path):
     pages, out = texts(), tmp_path / 'out'
-    words = ['data/fineweb/prepare.py', f'--input={write_jsonl(tmp_path / "p.jsonl", pages)}', f'--out_dir={out}', *SMALL]
+    words = [
+        'data/fineweb/prepare.py',
+        f'--input={write_jsonl(tmp_path / "p.jsonl", pages)}',
+        f'--out_dir={out}',
+        *SMALL,
+    ]
     done = script(*words)
     assert done.returncode == 0, done.stderr
     names = list(shards(out))
-    assert names[0] == 'fineweb_train_000001.bin' and names[-1] == 'fineweb_val_000000.bin' and len(names) > 5
-    assert documents(out, names[-1], *names[:-1]) == expected(pages), "tiktoken's ids, and one end behind each document"
-    assert all(len(np.fromfile(out / n, '<u2')) - 2000 in range(200) for n in names[:-2]), 'a shard ends with the document that fills it'
+    assert (
+        names[0] == 'fineweb_train_000001.bin'
+        and names[-1] == 'fineweb_val_000000.bin'
+        and len(names) > 5
+    )
+    assert documents(out, names[-1], *names[:-1]) == expected(pages), (
+        "tiktoken's ids, and one end behind each document"
+    )
+    assert all(len(np.fromfile(out / n, '<u2')) - 2000 in range(200) for n in names[:-2]), (
+        'a shard ends with the document that fills it'
+    )
     counts = read_meta(str(out))['splits']
     assert sum(c['documents'] for c in counts.values()) == len(pages)
     for split, of in ('train', names[:-1]), ('val', names[-1:]):
         own = documents(out, *of)
         assert counts[split]['tokens'] == sum(map(len, own)) + len(own)
-        assert counts[split]['bytes'] == len(tiktoken.get_encoding('gpt2').decode_bytes([i for d in own for i in d]))
+        assert counts[split]['bytes'] == len(
+            tiktoken.get_encoding('gpt2').decode_bytes([i for d in own for i in d])
+        )
     assert 3 < bytes_per_token(str(out)) < 6 and read_tokenizer(str(out)).kind == 'gpt2'
     assert Split(str(out), 'train', 32, 50257).n_tokens == counts['train']['tokens']
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
@@ -136,7 +164,10 @@ def test_killed_anywhere_it_writes_the_same_bytes(tmp_path, prepare):
     prepare(f'--input={source}', f'--out_dir={tmp_path / "whole"}', *SMALL)
     assert run_killed(f'--input={source}', f'--out_dir={tmp_path / "killed"}', *SMALL) > 10
     assert shards(tmp_path / 'killed') == shards(tmp_path / 'whole')
-    whole, killed = (json.loads((tmp_path / d / 'meta.json').read_text()) | {'prepared': ''} for d in ('whole', 'killed'))
+    whole, killed = (
+        json.loads((tmp_path / d / 'meta.json').read_text()) | {'prepared': ''}
+        for d in ('whole', 'killed')
+    )
     assert whole == killed
     assert not list((tmp_path / 'killed').glob('*.tmp'))
 
@@ -151,13 +182,22 @@ def test_parts_share_the_corpus(tmp_path, prepare):
         want = expected(pages[part::3])
         if part:
             assert documents(tmp_path / 'all', *own) == want
-            assert Split(str(tmp_path / 'all'), 'train', 32, group=part, groups=3).n_tokens == sum(map(len, want)) + len(want)
+            assert Split(str(tmp_path / 'all'), 'train', 32, group=part, groups=3).n_tokens == sum(
+                map(len, want)
+            ) + len(want)
         else:
             assert documents(tmp_path / 'all', 'fineweb_val_000000.bin', *own) == want
-    (tmp_path / 'node' / 'fineweb_val_000000.bin').write_bytes(b'ab')  # copied from part 0, before this part is prepared
+    (tmp_path / 'node' / 'fineweb_val_000000.bin').write_bytes(
+        b'ab'
+    )  # copied from part 0, before this part is prepared
     prepare(f'--input={source}', f'--out_dir={tmp_path / "node"}', '--part=2/3', *SMALL)
-    assert 'meta.json' not in os.listdir(tmp_path / 'node') and (tmp_path / 'node' / 'fineweb_val_000000.bin').read_bytes() == b'ab'
-    assert (tmp_path / 'node' / 'fineweb_train_000005.bin').read_bytes() == (tmp_path / 'all' / 'fineweb_train_000005.bin').read_bytes()
+    assert (
+        'meta.json' not in os.listdir(tmp_path / 'node')
+        and (tmp_path / 'node' / 'fineweb_val_000000.bin').read_bytes() == b'ab'
+    )
+    assert (tmp_path / 'node' / 'fineweb_train_000005.bin').read_bytes() == (
+        tmp_path / 'all' / 'fineweb_train_000005.bin'
+    ).read_bytes()
 
 
 def test_enough_tokens_and_later_more(tmp_path, prepare):
@@ -177,7 +217,9 @@ def write_ds(folder, pages, width=2, end=True):
     for number in range(4):
         ids = [i for d in expected(pages[number::4]) for i in [*d, EOT][: None if end else -1]]
         np.array(ids, dtype=f'<u{width}').tofile(folder / f'{number:05d}_00000_doc_shuffled.ds')
-        (folder / f'{number:05d}_00000_doc_shuffled.ds.metadata').write_text(f'gpt2|{width}\n{len(ids)}\n1 kT')
+        (folder / f'{number:05d}_00000_doc_shuffled.ds.metadata').write_text(
+            f'gpt2|{width}\n{len(ids)}\n1 kT'
+        )
     (folder / '00004_unshuffled.ds').touch()  # of a task that got no document
     return folder
 
@@ -186,9 +228,15 @@ def test_token_files_of_datatrove(tmp_path, prepare, monkeypatch):
     pages = texts()
     source = write_ds(tmp_path / 'tokens', pages)
     prepare(f'--input={source}', f'--out_dir={tmp_path / "out"}')
-    assert [documents(tmp_path / 'out', n) for n in shards(tmp_path / 'out')] == [expected(pages[i::4]) for i in (1, 2, 3, 0)]
+    assert [documents(tmp_path / 'out', n) for n in shards(tmp_path / 'out')] == [
+        expected(pages[i::4]) for i in (1, 2, 3, 0)
+    ]
     assert (tmp_path / 'out' / 'fineweb_train_000001.bin').stat().st_nlink == 2
-    prepare(f'--input={write_jsonl(tmp_path / "p.jsonl", pages)}', f'--out_dir={tmp_path / "own"}', *SMALL)
+    prepare(
+        f'--input={write_jsonl(tmp_path / "p.jsonl", pages)}',
+        f'--out_dir={tmp_path / "own"}',
+        *SMALL,
+    )
     linked, own = (read_meta(str(tmp_path / d))['splits'] for d in ('out', 'own'))
     for key in 'documents', 'tokens', 'bytes':
         assert sum(c[key] for c in linked.values()) == sum(c[key] for c in own.values())
@@ -213,16 +261,33 @@ def test_token_files_of_datatrove(tmp_path, prepare, monkeypatch):
         (['--val_tokens=0'], 'val_tokens and shard_tokens of at least 2'),
         (['--input=nowhere'], 'nowhere: no such file or folder'),
         (['--input=TMP/p.jsonl'], 'too little text to train on'),
-        (['--input=TMP/p.jsonl', '--part=999/1000'], 'too little text to train on in part 999/1000'),
+        (
+            ['--input=TMP/p.jsonl', '--part=999/1000'],
+            'too little text to train on in part 999/1000',
+        ),
         (['--input=TMP/mixed'], 'found .ds and .jsonl'),
         (['--input=TMP/a.txt'], 'found .txt'),
         (['--input=TMP/bad.jsonl'], 'bad.jsonl, record 2: no field text'),
         (['--input=TMP/mixed/x.ds'], 'x.ds.metadata'),
         (['--input=TMP/wide'], '4 bytes per token, as of gpt2; expected 2'),
         (['--input=TMP/endless'], 'behind each document'),
-        (['--input=TMP/p.jsonl', '--out_dir=TMP/full', *SMALL], 'train.bin: of another preparation'),
-        (['--input=TMP/p.jsonl', '--out_dir=TMP/begun', '--val_tokens=99', '--shard_tokens=2000'], 'begun with val_tokens=1500, not 99'),
-        (['--input=TMP/p.jsonl', '--out_dir=TMP/begun', '--part=0/2', *SMALL], 'of another preparation'),
+        (
+            ['--input=TMP/p.jsonl', '--out_dir=TMP/full', *SMALL],
+            'train.bin: of another preparation',
+        ),
+        (
+            [
+                '--input=TMP/p.jsonl',
+                '--out_dir=TMP/begun',
+                '--val_tokens=99',
+                '--shard_tokens=2000',
+            ],
+            'begun with val_tokens=1500, not 99',
+        ),
+        (
+            ['--input=TMP/p.jsonl', '--out_dir=TMP/begun', '--part=0/2', *SMALL],
+            'of another preparation',
+        ),
         (['--input=TMP/other.jsonl', '--out_dir=TMP/begun', *SMALL], 'begun with source=p.jsonl'),
     ],
 )
@@ -282,21 +347,33 @@ def write_parquet(folder, pages, files):
     arrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
     folder.mkdir()
     for number in range(files):
-        table = arrow.table({'text': pages[number::files], 'score': [1.0] * len(pages[number::files])})
+        table = arrow.table(
+            {'text': pages[number::files], 'score': [1.0] * len(pages[number::files])}
+        )
         parquet.write_table(table, folder / f'{number}.parquet', row_group_size=30)
     return folder
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
-@pytest.mark.parametrize('part', ['0/1', '1/2', '0/5'])  # of three files: all, every second file, every fifth document
+@pytest.mark.parametrize(
+    'part', ['0/1', '1/2', '0/5']
+)  # of three files: all, every second file, every fifth document
 def test_parquet(tmp_path, prepare, hf, part):
     pages = texts()[2:]
     source = write_parquet(tmp_path / 'pages', pages, 3)
     words = f'--input={source}', f'--part={part}', '--val_tokens=1500', '--shard_tokens=7000'
     prepare(f'--out_dir={tmp_path / "whole"}', *words)
     names = list(shards(tmp_path / 'whole'))
-    want = {'0/1': pages[::3] + pages[1::3] + pages[2::3], '1/2': pages[1::3], '0/5': (pages[::3] + pages[1::3] + pages[2::3])[::5]}[part]
-    assert documents(tmp_path / 'whole', *names[-1:], *names[:-1]) == expected(want) if part[0] == '0' else True
+    want = {
+        '0/1': pages[::3] + pages[1::3] + pages[2::3],
+        '1/2': pages[1::3],
+        '0/5': (pages[::3] + pages[1::3] + pages[2::3])[::5],
+    }[part]
+    assert (
+        documents(tmp_path / 'whole', *names[-1:], *names[:-1]) == expected(want)
+        if part[0] == '0'
+        else True
+    )
     assert sorted(documents(tmp_path / 'whole', *names)) == sorted(expected(want))
     if part == '0/1':
         assert run_killed(f'--out_dir={tmp_path / "killed"}', *words, least=6) > 2
@@ -330,10 +407,14 @@ def test_a_network_that_breaks(tmp_path, prepare, hf, monkeypatch, capsys):
     assert capsys.readouterr().err.count('trying again') == 2
     assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
     trouble[:] = [ConnectionError('gone\nfor good')] * 3
-    with pytest.raises(UserError, match=r'ConnectionError: gone for good\); the finished shards are kept'):
+    with pytest.raises(
+        UserError, match=r'ConnectionError: gone for good\); the finished shards are kept'
+    ):
         prepare(f'--out_dir={tmp_path / "lost"}', *SMALL)
     assert 1 < len(shards(tmp_path / 'lost')) < len(shards(tmp_path / 'whole'))
-    HfApi.dataset_info = None  # the commit is known already, and a newer one would be another corpus
+    HfApi.dataset_info = (
+        None  # the commit is known already, and a newer one would be another corpus
+    )
     prepare(f'--out_dir={tmp_path / "lost"}', *SMALL)
     assert shards(tmp_path / 'lost') == shards(tmp_path / 'whole')
     assert json.loads((tmp_path / 'lost' / 'meta.json').read_text())['revision'] == 'c0ffee'

@@ -21,7 +21,10 @@ def pages(n=60, seed=1):
 
 def write_jsonl(path, texts, **more):
     path.parent.mkdir(exist_ok=True)
-    path.write_text(''.join(json.dumps({'n': i, 'text': t} | more) + '\n' for i, t in enumerate(texts)), encoding='utf-8')
+    path.write_text(
+        ''.join(json.dumps({'n': i, 'text': t} | more) + '\n' for i, t in enumerate(texts)),
+        encoding='utf-8',
+    )
 
 
 @pytest.fixture
@@ -31,7 +34,16 @@ def prepare(monkeypatch, tmp_path):
     module = load_script(monkeypatch, ROOT / 'data' / 'huggingface' / 'prepare.py')
 
     def call(*words):
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', '--vocab_size=300', f'--cache_dir={tmp_path / "cache"}', *map(str, words)])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                'prepare.py',
+                '--vocab_size=300',
+                f'--cache_dir={tmp_path / "cache"}',
+                *map(str, words),
+            ],
+        )
         module.main()
 
     call.module = module
@@ -57,7 +69,10 @@ def hub(monkeypatch, tmp_path, prepare):
         assert name == 'a/songs' and knobs.pop('trust_remote_code') is False
         Hub.opened += 1
         Hub.revisions.add(revision)
-        return {k: v.map(breaking, with_indices=True, features=v.features) for k, v in real(str(folder), config, **knobs).items()}
+        return {
+            k: v.map(breaking, with_indices=True, features=v.features)
+            for k, v in real(str(folder), config, **knobs).items()
+        }
 
     class HfApi:
         def dataset_info(self, name):
@@ -71,7 +86,11 @@ def hub(monkeypatch, tmp_path, prepare):
 
 def documents(folder, *splits):
     tokenizer = read_tokenizer(str(folder))
-    ids = [i for s in splits or ('train', 'val') for i in np.fromfile(folder / f'{s}.bin', '<u2').tolist()]
+    ids = [
+        i
+        for s in splits or ('train', 'val')
+        for i in np.fromfile(folder / f'{s}.bin', '<u2').tolist()
+    ]
     return tokenizer.decode(ids).split('<|endoftext|>')[:-1]
 
 
@@ -79,27 +98,48 @@ def documents(folder, *splits):
 def test_folders(tmp_path, prepare, kind):
     texts = pages()
     (tmp_path / 'songs').mkdir()
-    table, path = datasets.Dataset.from_dict({'n': range(60), 'lyrics': texts}), str(tmp_path / 'songs' / f'a.{kind}')
+    table, path = (
+        datasets.Dataset.from_dict({'n': range(60), 'lyrics': texts}),
+        str(tmp_path / 'songs' / f'a.{kind}'),
+    )
     if kind == 'txt':
         (tmp_path / 'songs' / 'a.txt').write_text('\n'.join(texts), encoding='utf-8')
     else:
         {'jsonl': table.to_json, 'csv': table.to_csv, 'parquet': table.to_parquet}[kind](path)
-    prepare(f'--name={tmp_path / "songs"}', f'--out_dir={tmp_path / "d"}', '--validation_split=0.2', '--num_samples=50')
+    prepare(
+        f'--name={tmp_path / "songs"}',
+        f'--out_dir={tmp_path / "d"}',
+        '--validation_split=0.2',
+        '--num_samples=50',
+    )
     assert sorted(documents(tmp_path / 'd')) == sorted(texts[:50])
     counts = read_meta(str(tmp_path / 'd'))['splits']
     assert 2 < counts['val']['documents'] < 20 and not (tmp_path / 'cache').exists()
     first = (tmp_path / 'd' / 'train.bin').read_bytes()
-    prepare(f'--name={tmp_path / "songs"}', f'--out_dir={tmp_path / "d"}', '--validation_split=0.2', '--num_samples=50')
+    prepare(
+        f'--name={tmp_path / "songs"}',
+        f'--out_dir={tmp_path / "d"}',
+        '--validation_split=0.2',
+        '--num_samples=50',
+    )
     assert (tmp_path / 'd' / 'train.bin').read_bytes() == first
 
 
 def test_the_hub_is_read_once(tmp_path, prepare, hub, capsys):
     words = '--name=a/songs', '--validation_split=validation', f'--out_dir={tmp_path / "d"}'
     prepare(*words, '--num_samples=20', '--tokenizer=wordpiece')
-    assert documents(tmp_path / 'd', 'train') == pages()[:20] and documents(tmp_path / 'd', 'val') == pages(7, seed=2)
-    assert hub.opened == 2 and hub.revisions == {'c0ffee'} and read_tokenizer(str(tmp_path / 'd')).kind == 'wordpiece'
+    assert documents(tmp_path / 'd', 'train') == pages()[:20] and documents(
+        tmp_path / 'd', 'val'
+    ) == pages(7, seed=2)
+    assert (
+        hub.opened == 2
+        and hub.revisions == {'c0ffee'}
+        and read_tokenizer(str(tmp_path / 'd')).kind == 'wordpiece'
+    )
     prepare(*words, '--num_samples=12', '--offline')
-    assert documents(tmp_path / 'd', 'train') == pages()[:12] and hub.opened == 2, 'fewer are there already, all of a split too'
+    assert documents(tmp_path / 'd', 'train') == pages()[:12] and hub.opened == 2, (
+        'fewer are there already, all of a split too'
+    )
     with pytest.raises(UserError, match='20 documents of it are in .*without --offline'):
         prepare(*words, '--offline')
     prepare(*words)
@@ -113,7 +153,9 @@ def test_a_network_that_breaks(tmp_path, prepare, hub, monkeypatch, capsys):
     words = '--name=a/songs', f'--out_dir={tmp_path / "d"}'
     hub.trouble[:] = [ConnectionError('gone')]
     prepare(*words)
-    assert capsys.readouterr().err.count('trying again') == 1 and sorted(documents(tmp_path / 'd')) == sorted(pages())
+    assert capsys.readouterr().err.count('trying again') == 1 and sorted(
+        documents(tmp_path / 'd')
+    ) == sorted(pages())
     (tmp_path / 'cache').rename(tmp_path / 'whole')
     hub.trouble[:] = [ConnectionError('for\ngood'), ConnectionError('gone')]
     with pytest.raises(UserError, match='for good.*; what has come is kept'):
@@ -122,7 +164,9 @@ def test_a_network_that_breaks(tmp_path, prepare, hub, monkeypatch, capsys):
     with open(cached, 'a') as f:
         f.write('{"text": "what a kill lea')
     prepare(*words)
-    assert cached.read_bytes() == (tmp_path / 'whole' / cached.name).read_bytes(), 'as if nothing had happened'
+    assert cached.read_bytes() == (tmp_path / 'whole' / cached.name).read_bytes(), (
+        'as if nothing had happened'
+    )
     cached.write_text('')  # somebody emptied it: from the beginning
     prepare(*words)
     assert cached.read_bytes() == (tmp_path / 'whole' / cached.name).read_bytes()
@@ -132,8 +176,14 @@ def test_a_network_that_breaks(tmp_path, prepare, hub, monkeypatch, capsys):
     'error, message',
     [
         (ConnectionError("Couldn't reach it"), 'a/songs cannot be read .*network'),
-        (datasets.exceptions.DatasetNotFoundError("'a/songs' is a gated dataset on the Hub."), 'gated.*huggingface.co/datasets/a/songs'),
-        (ValueError("Config name is missing.\nPlease pick one among ['en', 'de']"), 'en.*name one with --config'),
+        (
+            datasets.exceptions.DatasetNotFoundError("'a/songs' is a gated dataset on the Hub."),
+            'gated.*huggingface.co/datasets/a/songs',
+        ),
+        (
+            ValueError("Config name is missing.\nPlease pick one among ['en', 'de']"),
+            'en.*name one with --config',
+        ),
         (RuntimeError('Dataset scripts are no longer supported, but found songs.py'), 'scripts'),
     ],
     ids=['network', 'gated', 'config', 'script'],
@@ -159,7 +209,10 @@ def test_the_hubs_refusals(tmp_path, prepare, hub, monkeypatch, error, message):
         (['--name=SONGS', '--validation_split=test'], "no split 'test', but train, validation"),
         (['--name=SONGS', '--split=tset'], "no split 'tset', but train, validation"),
         (['--name=SONGS', '--config=other'], 'other'),
-        (['--name=SONGS', '--text_field=txt'], 'text_field=txt: no column of text; it has n (int64), text (string)'),
+        (
+            ['--name=SONGS', '--text_field=txt'],
+            'text_field=txt: no column of text; it has n (int64), text (string)',
+        ),
         (['--name=SONGS', '--text_field=n'], 'text_field=n: no column of text'),
         (['--name=DOUBT'], 'it has n (int64), verse (string), refrain (string)'),
         (['--name=EMPTY'], 'EMPTY'),
@@ -172,7 +225,10 @@ def test_mistakes(tmp_path, prepare, words, message):
     (tmp_path / 'DOUBT').mkdir()
     (tmp_path / 'DOUBT' / 'train.jsonl').write_text('{"n": 1, "verse": "a", "refrain": "b"}\n')
     (tmp_path / 'EMPTY').mkdir()
-    words = [w.replace('=', f'={tmp_path}/', 1) if w.startswith('--name') and w[7:].isupper() else w for w in words]
+    words = [
+        w.replace('=', f'={tmp_path}/', 1) if w.startswith('--name') and w[7:].isupper() else w
+        for w in words
+    ]
     with pytest.raises(UserError) as error:
         prepare(*words, f'--out_dir={tmp_path / "d"}')
     assert message in str(error.value) and '\n' not in str(error.value)
@@ -192,4 +248,8 @@ def test_from_the_shell(tmp_path):
     done = script(*words, f'--name={tmp_path / "songs"}', HF_HOME=tmp_path / 'hf')
     assert done.returncode == 0 and 'val.bin' in done.stdout, done.stderr
     wrong = script(*words, '--name=a/songs', '--offline')
-    assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and 'nothing of it is' in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.count('\n') == 1
+        and 'nothing of it is' in wrong.stderr
+    )

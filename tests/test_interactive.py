@@ -36,8 +36,14 @@ def talk(model, monkeypatch, capsys, tmp_path):
     def talk(lines, *words, tokenizer=model[1], ids=None):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
-        start = partial(begin, *model) if ids is None else lambda config, *text: ('', list(*text[1:]), iter(torch.tensor(ids)[:, None]))
-        session = Session(configure(SampleConfig, ['--max_new_tokens=30', *words]), tokenizer, start)
+        start = (
+            partial(begin, *model)
+            if ids is None
+            else lambda config, *text: ('', list(*text[1:]), iter(torch.tensor(ids)[:, None]))
+        )
+        session = Session(
+            configure(SampleConfig, ['--max_new_tokens=30', *words]), tokenizer, start
+        )
         session.run()
         told = capsys.readouterr()
         return session, told.out, told.err.splitlines()[1:]
@@ -56,10 +62,28 @@ def test_a_seed_shown_writes_the_same_text_again(talk, model, capsys, temperatur
     knobs = [f'--temperature={temperature}', '--top_k=50']
     session, out, said = talk(['the sea', '/again', '/more', '/more'], *knobs)
     first, second = session.texts
-    assert '30 tokens' in said[0] and said[0].endswith('seed 1337') and '90 tokens' in said[3] and said[3].endswith('seed 1338')
+    assert (
+        '30 tokens' in said[0]
+        and said[0].endswith('seed 1337')
+        and '90 tokens' in said[3]
+        and said[3].endswith('seed 1338')
+    )
     assert (first.whole != second.whole[: len(first.whole)]) == bool(temperature)
-    for text, seed, tokens in (first, 1337, 30), (second, 1338, 90):  # 90 tokens: the context, 32, is left and cut several times
-        assert written(model, capsys, '--start=the sea', f'--seed={seed}', f'--max_new_tokens={tokens}', *knobs) == text.whole + '\n'
+    for text, seed, tokens in (
+        (first, 1337, 30),
+        (second, 1338, 90),
+    ):  # 90 tokens: the context, 32, is left and cut several times
+        assert (
+            written(
+                model,
+                capsys,
+                '--start=the sea',
+                f'--seed={seed}',
+                f'--max_new_tokens={tokens}',
+                *knobs,
+            )
+            == text.whole + '\n'
+        )
     assert out.startswith(first.whole) and out.count('-' * 40) == 1
 
 
@@ -67,30 +91,61 @@ def test_going_on_under_other_knobs_reads_what_is_there(talk, model, capsys):
     session, out, said = talk(['the', '/temperature 0', '/more'])
     assert said[-1].endswith('seed 1337 + 1338')
     start = written(model, capsys, '--start=the', '--max_new_tokens=30').removesuffix('\n')
-    assert session.text.whole + '\n' == written(model, capsys, f'--start={start}', '--max_new_tokens=30', '--temperature=0')
+    assert session.text.whole + '\n' == written(
+        model, capsys, f'--start={start}', '--max_new_tokens=30', '--temperature=0'
+    )
 
 
 def test_a_text_stops_where_the_song_ends(talk):
     letters = CharTokenizer('ab\n')
     lines = ['', '/more', '/more', '/again']
-    session, out, said = talk(lines, '--max_new_tokens=2', tokenizer=letters, ids=[0, 1, letters.eot, 0])
-    assert out == 'ab\nab\n' + '-' * 40 + '\nab\n', 'the end is no text; a line that goes on is shown from its start'
-    assert 'paused' in said[0] and said[1].startswith('the song ended; 2 tokens') and '/again' in said[2] and 'seed 1338' in said[3]
+    session, out, said = talk(
+        lines, '--max_new_tokens=2', tokenizer=letters, ids=[0, 1, letters.eot, 0]
+    )
+    assert out == 'ab\nab\n' + '-' * 40 + '\nab\n', (
+        'the end is no text; a line that goes on is shown from its start'
+    )
+    assert (
+        'paused' in said[0]
+        and said[1].startswith('the song ended; 2 tokens')
+        and '/again' in said[2]
+        and 'seed 1338' in said[3]
+    )
 
 
 def test_what_text_cannot_tell_is_kept(talk, model):
     letters, asked = CharTokenizer('ab\n'), []
-    session, out, said = talk(['', '/temperature 0', '/more'], '--max_new_tokens=3', '--stop_at_end=False', tokenizer=letters, ids=[0, letters.eot, 1])
-    assert session.text.whole.startswith(f'a{EOT}b') and session.text.ids[:4] == [0, letters.eot, 1, 0] and len(session.text.seeds) == 2
+    session, out, said = talk(
+        ['', '/temperature 0', '/more'],
+        '--max_new_tokens=3',
+        '--stop_at_end=False',
+        tokenizer=letters,
+        ids=[0, letters.eot, 1],
+    )
+    assert (
+        session.text.whole.startswith(f'a{EOT}b')
+        and session.text.ids[:4] == [0, letters.eot, 1, 0]
+        and len(session.text.seeds) == 2
+    )
     bytewise = BPETokenizer.train(['ab'], 257)
     ids = bytewise.encode('é')
-    session, out, said = talk(['', '/temperature 0'], '--max_new_tokens=1', tokenizer=bytewise, ids=ids)
+    session, out, said = talk(
+        ['', '/temperature 0'], '--max_new_tokens=1', tokenizer=bytewise, ids=ids
+    )
     assert session.text.whole == '' and session.text.ids == ids[:1]
-    ended, out, said = talk([''], '--max_new_tokens=2', tokenizer=bytewise, ids=[ids[0], bytewise.eot])
-    assert ended.text.whole == '\ufffd' and '\ufffd' in out, 'and is shown as broken if there is none'
-    session.begin = lambda config, text, prompt: asked.append(prompt) or (text, prompt, iter(torch.tensor(ids[1:])[:, None]))
+    ended, out, said = talk(
+        [''], '--max_new_tokens=2', tokenizer=bytewise, ids=[ids[0], bytewise.eot]
+    )
+    assert ended.text.whole == '\ufffd' and '\ufffd' in out, (
+        'and is shown as broken if there is none'
+    )
+    session.begin = lambda config, text, prompt: (
+        asked.append(prompt) or (text, prompt, iter(torch.tensor(ids[1:])[:, None]))
+    )
     session.do_more('')
-    assert asked == [ids[:1]] and session.text.whole == 'é', 'half a character waits for the other half'
+    assert asked == [ids[:1]] and session.text.whole == 'é', (
+        'half a character waits for the other half'
+    )
     session.begin, session.tokens = lambda *_: 1 / 0, None
     with pytest.raises(ZeroDivisionError):
         session.do_more('')
@@ -98,7 +153,9 @@ def test_what_text_cannot_tell_is_kept(talk, model):
 
 
 def test_a_document_end_in_a_text(talk, model):
-    session, out, said = talk(['the', '/temperature 0.7', '/more'], '--stop_at_end=False', '--seed=5')
+    session, out, said = talk(
+        ['the', '/temperature 0.7', '/more'], '--stop_at_end=False', '--seed=5'
+    )
     session.text.written, session.text.ids = EOT, [model[1].eot]
     session.tokens = None
     session.do_more('')
@@ -106,14 +163,33 @@ def test_a_document_end_in_a_text(talk, model):
 
 
 def test_knobs_are_those_of_the_dataclass(talk):
-    session, out, said = talk(['/knobs', '/set top_p = 0.5', '/artist "The Who Knows"', '/top_k', '/set artist=', '/knobs', '/help'])
+    session, out, said = talk(
+        [
+            '/knobs',
+            '/set top_p = 0.5',
+            '/artist "The Who Knows"',
+            '/top_k',
+            '/set artist=',
+            '/knobs',
+            '/help',
+        ]
+    )
     told = '\n'.join(said)
     for field in dataclasses.fields(SampleConfig):
-        assert bool(re.search(rf'^[* ] {field.name} ', told, re.MULTILINE)) == (field.name not in FIXED)
+        assert bool(re.search(rf'^[* ] {field.name} ', told, re.MULTILINE)) == (
+            field.name not in FIXED
+        )
     assert "artist='The Who Knows' (was '')" in told and 'top_k=200: choose among' in told
-    assert [line[:11] for line in said if line.startswith('*')] == ['* max_new_t', '* max_new_t', '* top_p    ']
+    assert [line[:11] for line in said if line.startswith('*')] == [
+        '* max_new_t',
+        '* max_new_t',
+        '* top_p    ',
+    ]
     assert session.config.top_p == 0.5 and session.config.artist == '' and not out
-    assert set(COMMANDS) <= set(re.findall(r'^/(\w+)', told, re.MULTILINE)) and max(map(len, said[-len(COMMANDS) - 1 : -1])) <= 40
+    assert (
+        set(COMMANDS) <= set(re.findall(r'^/(\w+)', told, re.MULTILINE))
+        and max(map(len, said[-len(COMMANDS) - 1 : -1])) <= 40
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,15 +214,24 @@ def test_knobs_are_those_of_the_dataclass(talk):
 )
 def test_mistakes_get_one_line_and_end_nothing(talk, line, message):
     session, out, said = talk([line, 'so'])
-    assert len(said) == 2 and message in said[0] and len(session.texts) == 1 and out == session.text.whole + '\n'
+    assert (
+        len(said) == 2
+        and message in said[0]
+        and len(session.texts) == 1
+        and out == session.text.whole + '\n'
+    )
 
 
 def test_texts_are_kept(talk, tmp_path):
     (tmp_path / 'song-1.txt').write_text('older')
     saves = ['/save', '/save', '/save song-1.txt', '/save no/where.txt', '/save ~']
-    session, out, said = talk(['the', *saves, '/temperature 0.5', 'sea', '/texts', '/texts 3', '/texts 1'])
+    session, out, said = talk(
+        ['the', *saves, '/temperature 0.5', 'sea', '/texts', '/texts 3', '/texts 1']
+    )
     assert (tmp_path / 'song-1.txt').read_text() == 'older'
-    assert (tmp_path / 'song-2.txt').read_text(encoding='utf-8') == session.texts[0].whole.rstrip('\n') + '\n'
+    assert (tmp_path / 'song-2.txt').read_text(encoding='utf-8') == session.texts[0].whole.rstrip(
+        '\n'
+    ) + '\n'
     assert sorted(os.listdir(tmp_path)) == ['song-1.txt', 'song-2.txt', 'song-3.txt']
     told = '\n'.join(said)
     assert (
@@ -154,8 +239,16 @@ def test_texts_are_kept(talk, tmp_path):
         and 'no/where.txt: cannot be written: No such file' in told
         and f'{os.path.expanduser("~")} exists' in told
     )
-    assert '   1  the' in told and '*  2  sea' in told and '/texts 3: expected a number from 1 to 2' in told
-    assert session.text is session.texts[0] and session.config.temperature == 0.8 and session.config.seed == 1339
+    assert (
+        '   1  the' in told
+        and '*  2  sea' in told
+        and '/texts 3: expected a number from 1 to 2' in told
+    )
+    assert (
+        session.text is session.texts[0]
+        and session.config.temperature == 0.8
+        and session.config.seed == 1339
+    )
 
 
 def test_the_line_editor(tmp_path, monkeypatch):
@@ -170,8 +263,14 @@ def test_the_line_editor(tmp_path, monkeypatch):
                 lines.append(editor.prompt())
             return lines
 
-    assert typed('one\x1b\rtwo\r', 'three\\\rfour\r', '/texts\r') == ['one\ntwo', 'three\nfour', '/texts']
-    assert typed('\x1b[A\r', '\x1b[A\x1b[A\r') == ['/texts', 'three\nfour'], 'another start remembers'
+    assert typed('one\x1b\rtwo\r', 'three\\\rfour\r', '/texts\r') == [
+        'one\ntwo',
+        'three\nfour',
+        '/texts',
+    ]
+    assert typed('\x1b[A\r', '\x1b[A\x1b[A\r') == ['/texts', 'three\nfour'], (
+        'another start remembers'
+    )
     if os.name == 'posix':
         assert (tmp_path / 'history').stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv('LYREGPT_HISTORY', str(tmp_path / 'no' / 'history'))
@@ -180,7 +279,13 @@ def test_the_line_editor(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     'text, found',
-    [('/te', ['temperature', 'texts']), ('/set te', ['temperature=']), ('/set te x', []), ('te', []), ('/', ['temperature', 'texts'])],
+    [
+        ('/te', ['temperature', 'texts']),
+        ('/set te', ['temperature=']),
+        ('/set te x', []),
+        ('te', []),
+        ('/', ['temperature', 'texts']),
+    ],
 )
 def test_completion(text, found):
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
@@ -190,14 +295,25 @@ def test_completion(text, found):
 
 def test_a_pipe_gets_plain_lines(trained):
     done = subprocess.run(
-        [sys.executable, 'sample.py', f'--out_dir={trained}', '--interactive', '--max_new_tokens=20', '--start=so'],
+        [
+            sys.executable,
+            'sample.py',
+            f'--out_dir={trained}',
+            '--interactive',
+            '--max_new_tokens=20',
+            '--start=so',
+        ],
         cwd=ROOT,
         input='the\\\nsea\n日\n/quit\nnever',
         capture_output=True,
         encoding='utf-8',
         timeout=60,
     )
-    assert done.returncode == 0 and "character '日'" in done.stderr and '\x1b' not in done.stdout + done.stderr, done.stderr
+    assert (
+        done.returncode == 0
+        and "character '日'" in done.stderr
+        and '\x1b' not in done.stdout + done.stderr
+    ), done.stderr
     first, second = done.stdout.split('\n' + '-' * 40 + '\n')
     assert first.startswith('so') and second.startswith('the\nsea') and '> ' not in done.stdout
 
@@ -224,7 +340,12 @@ def test_a_terminal(trained, tmp_path):
         '--max_new_tokens=1000000',
         '--stop_at_end=False',
     ]
-    env = os.environ | {'LYREGPT_HISTORY': str(tmp_path / 'history'), 'TERM': 'xterm', 'PROMPT_TOOLKIT_NO_CPR': '1', 'COLUMNS': '60'}
+    env = os.environ | {
+        'LYREGPT_HISTORY': str(tmp_path / 'history'),
+        'TERM': 'xterm',
+        'PROMPT_TOOLKIT_NO_CPR': '1',
+        'COLUMNS': '60',
+    }
     ready = '[?2004h'  # what the line editor sends when it begins to read
     child, terminal = pty.fork()
     if not child:
@@ -236,7 +357,9 @@ def test_a_terminal(trained, tmp_path):
         nonlocal screen
         until = time.monotonic() + 60
         while what not in screen:
-            assert time.monotonic() < until and select.select([terminal], [], [], 60)[0], screen[-2000:]
+            assert time.monotonic() < until and select.select([terminal], [], [], 60)[0], screen[
+                -2000:
+            ]
             screen += os.read(terminal, 65536).decode('utf-8', 'replace')
         before, _, screen = screen.partition(what)
         return before
@@ -276,4 +399,7 @@ def test_a_terminal(trained, tmp_path):
             os.waitpid(child, 0)
         os.close(terminal)
     assert (tmp_path / 'song-1.txt').read_text(encoding='utf-8').startswith('the sea')
-    assert '+the sea\n' in (tmp_path / 'history').read_text() and '+/save\n' in (tmp_path / 'history').read_text()
+    assert (
+        '+the sea\n' in (tmp_path / 'history').read_text()
+        and '+/save\n' in (tmp_path / 'history').read_text()
+    )

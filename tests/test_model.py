@@ -27,7 +27,9 @@ def random_model(**changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL | changes)).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(p, mean=1.0, std=0.2)
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(
+            p, mean=1.0, std=0.2
+        )
     return model
 
 
@@ -38,7 +40,9 @@ def random_model(**changes):
 def test_gpt2_logits_equal_transformers(tmp_path):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(1)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=2, n_head=4)).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_positions=24, n_embd=32, n_layer=2, n_head=4)
+    ).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     theirs.save_pretrained(tmp_path)
@@ -50,7 +54,9 @@ def test_gpt2_logits_equal_transformers(tmp_path):
         loss = theirs(idx, labels=idx).loss
         targets = torch.cat([idx[:, 1:], torch.full((3, 1), -1)], dim=1)
         assert abs(ours(idx, targets) - loss) < 1e-4
-    greedy = theirs.generate(idx[:1, :5], max_new_tokens=15, do_sample=False, pad_token_id=0)[0, 5:].tolist()
+    greedy = theirs.generate(idx[:1, :5], max_new_tokens=15, do_sample=False, pad_token_id=0)[
+        0, 5:
+    ].tolist()
     assert [int(t) for t in ours.generate(idx[:1, :5], 15, temperature=0)] == greedy
 
 
@@ -116,7 +122,9 @@ def test_causality(changes):
     b[:, 15:] = torch.randint(50, (2, 9))
     with torch.no_grad():
         one, two = model(a), model(b)
-    assert (one[:, :15] - two[:, :15]).abs().max() < 1e-5 and (one[:, 15:] - two[:, 15:]).abs().max() > 1e-3
+    assert (one[:, :15] - two[:, :15]).abs().max() < 1e-5 and (
+        one[:, 15:] - two[:, 15:]
+    ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
@@ -191,7 +199,12 @@ def test_overfits_one_batch(arch, optimizer):
 
 def test_every_parameter_has_one_optimizer():
     model = GPT(GPTConfig(arch='modern', **SMALL))
-    held = [p for o in configure_optimizers(model, 0.1, 1e-3, (0.9, 0.95)).values() for g in o.param_groups for p in g['params']]
+    held = [
+        p
+        for o in configure_optimizers(model, 0.1, 1e-3, (0.9, 0.95)).values()
+        for g in o.param_groups
+        for p in g['params']
+    ]
     assert len(held) == len(set(map(id, held))) == len(list(model.parameters()))
 
 
@@ -200,7 +213,9 @@ def test_muon_orthogonalizes_each_part():
     singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 16, 40)).float())
     assert singular.min() > 0.5 and singular.max() < 1.3
     fused = torch.nn.Parameter(torch.zeros(48, 16))
-    fused.grad = torch.randn(48, 16) * torch.tensor([100.0, 1.0, 0.01]).repeat_interleave(16)[:, None]
+    fused.grad = (
+        torch.randn(48, 16) * torch.tensor([100.0, 1.0, 0.01]).repeat_interleave(16)[:, None]
+    )
     Muon([{'params': [fused], 'rows': [16, 16, 16]}], lr=1.0).step()
     sizes = [part.norm().item() for part in fused.data.split(16)]
     assert max(sizes) / min(sizes) < 1.2, 'q, k and v move alike, however different their gradients'
@@ -211,7 +226,10 @@ def test_muon_orthogonalizes_each_part():
 def test_counts_and_crop():
     model = random_model(arch='gpt2')
     n = 50 * 32 + 24 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
-    assert model.num_params() == n == sum(p.numel() for p in model.parameters()) and model.num_params(embeddings=False) == n - 24 * 32
+    assert (
+        model.num_params() == n == sum(p.numel() for p in model.parameters())
+        and model.num_params(embeddings=False) == n - 24 * 32
+    )
     idx = torch.randint(50, (1, 10))
     for changes in VARIANTS:
         model = random_model(**changes)
@@ -226,9 +244,14 @@ def test_counts_and_crop():
 def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = GPT(GPTConfig(arch='modern', n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=256))
+    model = GPT(
+        GPTConfig(arch='modern', n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=256)
+    )
     idx = torch.randint(256, (2, 64))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()).backward()
     assert abs(counter.get_total_flops() / (model.flops_per_token() * 128) - 1) < 0.01
 
@@ -252,7 +275,11 @@ def test_bad_shapes(changes, message):
 
 @pytest.mark.parametrize(
     'name, content, message',
-    [('config.json', '{"model_type": "llama"}', 'expected gpt2'), ('config.json', '{', 'config.json'), ('x', '', 'config.json')],
+    [
+        ('config.json', '{"model_type": "llama"}', 'expected gpt2'),
+        ('config.json', '{', 'config.json'),
+        ('x', '', 'config.json'),
+    ],
 )
 def test_foreign_folders(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
@@ -278,7 +305,15 @@ def naive(model, prompt, n, **options):
             row = row[-(size // 2) :]
         with torch.no_grad():
             logits = model(torch.tensor([row]))[:, -1]
-        token = int(draw(logits, chances[i % 64 : i % 64 + 1], options.get('temperature', 1.0), options.get('top_k'), options.get('top_p')))
+        token = int(
+            draw(
+                logits,
+                chances[i % 64 : i % 64 + 1],
+                options.get('temperature', 1.0),
+                options.get('top_k'),
+                options.get('top_p'),
+            )
+        )
         row.append(token)
         out.append(token)
     return out
@@ -286,13 +321,24 @@ def naive(model, prompt, n, **options):
 
 @pytest.mark.parametrize(
     'options',
-    [dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.7), dict(top_k=20, top_p=0.8, temperature=1.3)],
+    [
+        dict(temperature=0),
+        dict(temperature=0.9),
+        dict(top_k=5),
+        dict(top_p=0.7),
+        dict(top_k=20, top_p=0.8, temperature=1.3),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_cached_equals_uncached_batched_equals_unbatched(changes, options):
     model = random_model(**changes)
-    prompts = [[1, 2, 3], [7], list(range(20)), list(range(40))]  # the last is longer than the context
+    prompts = [
+        [1, 2, 3],
+        [7],
+        list(range(20)),
+        list(range(40)),
+    ]  # the last is longer than the context
     together = torch.stack(list(model.generate(prompts, 70, seed=5, **options)), dim=1).tolist()
     for i, prompt in enumerate(prompts):
         alone = [int(t) for t in model.generate([prompt], 70, seed=5 + i, **options)]
@@ -308,26 +354,45 @@ def test_stop_tokens_and_iteration():
     bound = torch.stack(list(model.generate([[1], [2]], 40, stop_tokens=[stop])), dim=1)
     for row in range(2):
         at = free[row].tolist().index(stop) if stop in free[row].tolist() else 39
-        assert bound[row, : at + 1].tolist() == free[row, : at + 1].tolist() and (bound[row, at + 1 :] == -1).all()
-    assert len(list(model.generate([[1]], 40, stop_tokens=[stop]))) == first and list(model.generate([[1]], 0)) == []
+        assert (
+            bound[row, : at + 1].tolist() == free[row, : at + 1].tolist()
+            and (bound[row, at + 1 :] == -1).all()
+        )
+    assert (
+        len(list(model.generate([[1]], 40, stop_tokens=[stop]))) == first
+        and list(model.generate([[1]], 0)) == []
+    )
 
 
 def test_sampling_options():
     model = random_model(arch='modern')
-    assert [int(t) for t in model.generate([[1]], 30, top_k=1)] == [int(t) for t in model.generate([[1]], 30, temperature=0)]
-    assert [int(t) for t in model.generate([[1]], 30, top_k=0, top_p=0.0)] == [int(t) for t in model.generate([[1]], 30)]
+    assert [int(t) for t in model.generate([[1]], 30, top_k=1)] == [
+        int(t) for t in model.generate([[1]], 30, temperature=0)
+    ]
+    assert [int(t) for t in model.generate([[1]], 30, top_k=0, top_p=0.0)] == [
+        int(t) for t in model.generate([[1]], 30)
+    ]
     assert max(int(t) for t in model.generate([[1]], 60, temperature=5.0, vocab_size=10)) < 10
     seen = [int(t) for t in model.generate([[1]], 23, temperature=0, repetition_penalty=1e9)]
     assert len(set(seen)) == len(seen)
-    assert [int(t) for t in model.generate([[1]], 9, seed=1)] != [int(t) for t in model.generate([[1]], 9, seed=2)]
+    assert [int(t) for t in model.generate([[1]], 9, seed=1)] != [
+        int(t) for t in model.generate([[1]], 9, seed=2)
+    ]
 
 
 def test_draw_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     n = 40_000
     chance = (torch.arange(n) + 0.5) / n
-    for top_k, top_p, keep in (None, None, [0, 1, 2, 3]), (2, None, [1, 2]), (None, 0.85, [1, 2]), (3, 0.99, [0, 1, 2]):
-        counts = torch.bincount(draw(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4) / n
+    for top_k, top_p, keep in (
+        (None, None, [0, 1, 2, 3]),
+        (2, None, [1, 2]),
+        (None, 0.85, [1, 2]),
+        (3, 0.99, [0, 1, 2]),
+    ):
+        counts = (
+            torch.bincount(draw(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4) / n
+        )
         expected = torch.zeros(4)
         expected[keep] = (logits[0, keep] / 0.7).softmax(0)
         assert (counts - expected).abs().max() < 1e-3
@@ -370,7 +435,9 @@ def test_packed_and_int8_layers_say_the_same(changes):
         expected = model(torch.tensor([[4, 8, 15, 16, 23]]))
     words = torch.stack(list(model.generate(prompt, 40, temperature=0)))
     with torch.inference_mode():
-        torch.testing.assert_close(model.quantize()(torch.tensor([[4, 8, 15, 16, 23]])), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.quantize()(torch.tensor([[4, 8, 15, 16, 23]])), expected, atol=1e-4, rtol=1e-4
+        )
     assert torch.equal(torch.stack(list(model.generate(prompt, 40, temperature=0))), words)
     model = random_model(**changes).quantize('int8')
     with torch.inference_mode():
@@ -387,7 +454,9 @@ def test_the_loss_of_a_model_that_only_writes(kind):
     targets[0, :5] = -1
     with torch.no_grad():
         whole = model(idx, targets)
-        assert model.quantize(kind)(idx, targets) == pytest.approx(whole.item(), abs=0.05 if kind else 1e-5)
+        assert model.quantize(kind)(idx, targets) == pytest.approx(
+            whole.item(), abs=0.05 if kind else 1e-5
+        )
 
 
 def test_quantize_kinds_that_cannot_be():
@@ -401,19 +470,27 @@ def test_quantize_kinds_that_cannot_be():
 def test_compiled_step_writes_the_same(changes, monkeypatch):
     """The static cache, through torch.compile's real tracing; its slow code generation is left to the long round."""
     compile = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True))
+    monkeypatch.setattr(
+        torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True)
+    )
     model = random_model(**changes)
     for prompts in ([[1, 2, 3]] * 3, [[1], [2, 3, 4, 5]]):
-        kwargs = dict(max_new_tokens=40, temperature=0.9, top_k=20)  # longer than the context: it slides
+        kwargs = dict(
+            max_new_tokens=40, temperature=0.9, top_k=20
+        )  # longer than the context: it slides
         plain = torch.stack(list(model.generate(prompts, **kwargs)))
-        assert torch.equal(torch.stack(list(model.generate(prompts, compile=True, **kwargs))), plain)
+        assert torch.equal(
+            torch.stack(list(model.generate(prompts, compile=True, **kwargs))), plain
+        )
 
 
 @pytest.mark.long
 def test_compiled_step_for_real():
     model = random_model(arch='modern')
     plain = torch.stack(list(model.generate([[1, 2, 3]] * 2, 40, temperature=0)))
-    assert torch.equal(torch.stack(list(model.generate([[1, 2, 3]] * 2, 40, temperature=0, compile=True))), plain)
+    assert torch.equal(
+        torch.stack(list(model.generate([[1, 2, 3]] * 2, 40, temperature=0, compile=True))), plain
+    )
 
 
 @pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='modern')])
@@ -432,4 +509,6 @@ def test_bfloat16_training_on_a_cpu_has_autocasts_gradients(changes, monkeypatch
     monkeypatch.setattr(model_module.Linear, 'forward', torch.nn.Linear.forward)
     for name, theirs in gradients().items():
         assert ours[name].dtype == torch.float32
-        torch.testing.assert_close(ours[name], theirs, atol=2e-2 * theirs.abs().max().item(), rtol=2e-2, msg=name)
+        torch.testing.assert_close(
+            ours[name], theirs, atol=2e-2 * theirs.abs().max().item(), rtol=2e-2, msg=name
+        )

@@ -27,10 +27,20 @@ def test_runs(path, monkeypatch):
     before = {p.name for p in ROOT.iterdir()} | {'__pycache__'}, path.read_bytes()
     done = execute(path)
     kept = nbformat.read(path, as_version=4)
-    assert [[o.output_type for o in c.get('outputs', [])] for c in done.cells] == [[o.output_type for o in c.get('outputs', [])] for c in kept.cells]
-    noise = [o.text for c in done.cells for o in c.get('outputs', []) if o.output_type == 'stream' and o.name == 'stderr']
+    assert [[o.output_type for o in c.get('outputs', [])] for c in done.cells] == [
+        [o.output_type for o in c.get('outputs', [])] for c in kept.cells
+    ]
+    noise = [
+        o.text
+        for c in done.cells
+        for o in c.get('outputs', [])
+        if o.output_type == 'stream' and o.name == 'stderr'
+    ]
     assert not noise  # no warnings, no progress bars
-    assert ({p.name for p in ROOT.iterdir()} | {'__pycache__'}, path.read_bytes()) == before  # it wrote into temporary folders alone
+    assert (
+        {p.name for p in ROOT.iterdir()} | {'__pycache__'},
+        path.read_bytes(),
+    ) == before  # it wrote into temporary folders alone
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

@@ -17,13 +17,17 @@ from train import train
 sync_api = pytest.importorskip('playwright.sync_api')
 uvicorn = pytest.importorskip('uvicorn')
 serve = pytest.importorskip('lyregpt.serve')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
 if not CHROMIUM:
     pytest.skip('no chromium on PATH', allow_module_level=True)
 expect = sync_api.expect
 
 HARM = '<script>window.harmed = 1</script>\n<img src=x onerror="window.harmed = 2; alert(2)">\n'
-LONG = ('An owl 🦉 keeps the ledger of the rain,\n' + HARM + 'and 🕯️ the wax runs over every grain.\n\n') * 20  # no model can count to 20
+LONG = (
+    'An owl 🦉 keeps the ledger of the rain,\n' + HARM + 'and 🕯️ the wax runs over every grain.\n\n'
+) * 20  # no model can count to 20
 SHORT = 'One bell, and then the door.\n'
 RECORD = """window.seen = [];
 new MutationObserver(() => {
@@ -59,8 +63,12 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     for name, last in (('out-one', 30), ('more/<b>two & "three"%', 50)):
         (folder / name).mkdir(parents=True)
-        (folder / name / 'metrics.csv').write_text(COLUMNS + rows(*range(1, last)), encoding='utf-8')
-        (folder / name / 'train.log').write_text(f'step {last}: loss 5\n--- sample\n{HARM}by the lamp\n---\n', encoding='utf-8')
+        (folder / name / 'metrics.csv').write_text(
+            COLUMNS + rows(*range(1, last)), encoding='utf-8'
+        )
+        (folder / name / 'train.log').write_text(
+            f'step {last}: loss 5\n--- sample\n{HARM}by the lamp\n---\n', encoding='utf-8'
+        )
     return folder
 
 
@@ -68,10 +76,27 @@ def runs(tmp_path_factory):
 def site(tmp_path_factory, runs):
     """The address of lyregpt/serve.py with the tiny model."""
     data, out = tmp_path_factory.mktemp('data') / 'lyrics', tmp_path_factory.mktemp('out-tiny')
-    songs = [song_head('Griddlemoth', '', '', 'Ledger') + LONG, song_head('Knell', '', '', 'Door') + SHORT]
+    songs = [
+        song_head('Griddlemoth', '', '', 'Ledger') + LONG,
+        song_head('Knell', '', '', 'Door') + SHORT,
+    ]
     tokenizer = CharTokenizer.train(songs)
-    write_dataset(str(data), [(split, song, True) for split in ('train', 'val') for song in songs + songs[1:] * 9], tokenizer)
-    train(tiny(data, out, '--n_embd=64', '--block_size=64', '--batch_size=16', '--max_iters=70', '--eval_interval=70'))
+    write_dataset(
+        str(data),
+        [(split, song, True) for split in ('train', 'val') for song in songs + songs[1:] * 9],
+        tokenizer,
+    )
+    train(
+        tiny(
+            data,
+            out,
+            '--n_embd=64',
+            '--block_size=64',
+            '--batch_size=16',
+            '--max_iters=70',
+            '--eval_interval=70',
+        )
+    )
     config = serve.ServeConfig(out_dir=str(out), runs_dir=str(runs))
     server, address = listen(serve.make_app(config, serve.Writer(config)))
     yield address
@@ -96,13 +121,25 @@ def visit(chromium, site):
         context.set_default_timeout(10_000)
         page = context.new_page()
         page.faults = []
-        page.on('dialog', lambda dialog: (page.faults.append(f'dialog {dialog.message}'), dialog.dismiss()))
-        page.on('pageerror', lambda error: page.faults.append(f'error {error}'))
-        page.on('console', lambda said: said.type in ('error', 'warning') and page.faults.append(said.text))
         page.on(
-            'request', lambda request: request.url.startswith((address, 'data:', 'blob:')) or page.faults.append(f'request {request.url}')
+            'dialog',
+            lambda dialog: (page.faults.append(f'dialog {dialog.message}'), dialog.dismiss()),
         )
-        page.add_init_script('addEventListener("securitypolicyviolation", e => console.error("policy: " + e.violatedDirective))')
+        page.on('pageerror', lambda error: page.faults.append(f'error {error}'))
+        page.on(
+            'console',
+            lambda said: said.type in ('error', 'warning') and page.faults.append(said.text),
+        )
+        page.on(
+            'request',
+            lambda request: (
+                request.url.startswith((address, 'data:', 'blob:'))
+                or page.faults.append(f'request {request.url}')
+            ),
+        )
+        page.add_init_script(
+            'addEventListener("securitypolicyviolation", e => console.error("policy: " + e.violatedDirective))'
+        )
         page.goto(f'{address}/{at}')
         opened.append(page)
         return page
@@ -115,7 +152,9 @@ def visit(chromium, site):
 
 
 def fetch(address, **body):
-    request = urllib.request.Request(address, json.dumps(body).encode() if body else None, {'Content-Type': 'application/json'})
+    request = urllib.request.Request(
+        address, json.dumps(body).encode() if body else None, {'Content-Type': 'application/json'}
+    )
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.load(answer)
 
@@ -132,7 +171,10 @@ def ask(page, tokens, n=1, song='Griddlemoth,Ledger', prompt=''):
 def test_the_file_is_one_and_complete():
     page = (ROOT / 'lyregpt/page.html').read_text(encoding='utf-8')
     assert page.count('<script') == page.count('<script>\n') == 1
-    assert not re.search(r'<[^>]*\son\w+\s*=|javascript:|\beval\b|innerHTML|insertAdjacentHTML|outerHTML|document\.write', page)
+    assert not re.search(
+        r'<[^>]*\son\w+\s*=|javascript:|\beval\b|innerHTML|insertAdjacentHTML|outerHTML|document\.write',
+        page,
+    )
     assert set(re.findall(r'https?://[^\s\'"]+', page)) == {'http://www.w3.org/2000/svg'}
 
 
@@ -149,7 +191,10 @@ def test_writes_samples_side_by_side(visit, site):
     assert lengths == sorted(lengths) and len(set(lengths)) > 10  # it came bit by bit
     cards = page.locator('.card')
     places = [card.bounding_box() for card in cards.all()]
-    assert len({place['y'] for place in places[:2]}) == 1 and places[0]['x'] + places[0]['width'] < places[1]['x']
+    assert (
+        len({place['y'] for place in places[:2]}) == 1
+        and places[0]['x'] + places[0]['width'] < places[1]['x']
+    )
     truth = fetch(
         f'{site}/v1/completions',
         prompt='An owl',
@@ -161,11 +206,22 @@ def test_writes_samples_side_by_side(visit, site):
         seed=7,
         truncate_prompt_tokens=-1,
     )
-    assert [card.locator('.written').text_content() for card in cards.all()] == [choice['text'] for choice in truth['choices']]
-    assert [card.locator('h3').text_content() for card in cards.all()] == ['Griddlemoth — Ledger'] * 3
-    assert [card.locator('.seed').text_content() for card in cards.all()] == ['seed 7', 'seed 8', 'seed 9']
+    assert [card.locator('.written').text_content() for card in cards.all()] == [
+        choice['text'] for choice in truth['choices']
+    ]
+    assert [card.locator('h3').text_content() for card in cards.all()] == [
+        'Griddlemoth — Ledger'
+    ] * 3
+    assert [card.locator('.seed').text_content() for card in cards.all()] == [
+        'seed 7',
+        'seed 8',
+        'seed 9',
+    ]
     assert cards.first.locator('.prompt').text_content() == 'An owl'
-    assert re.search(r'full length · 1[45]\d tokens · [\d,]+ tokens/s', cards.first.locator('.hint').text_content())
+    assert re.search(
+        r'full length · 1[45]\d tokens · [\d,]+ tokens/s',
+        cards.first.locator('.hint').text_content(),
+    )
 
 
 def test_what_the_model_writes_stays_text(visit):
@@ -213,7 +269,9 @@ def test_stop_keeps_the_text_and_frees_the_place(visit, site):
         assert now['writing'] == now['waiting'] == 0
         text = page.locator('.written').first.text_content()
         assert text and len(text) < 2000 and LONG.startswith(text[:60])
-    assert page.evaluate('document.activeElement.id') == 'write'  # Stop has gone dark: the keyboard is not lost with it
+    assert (
+        page.evaluate('document.activeElement.id') == 'write'
+    )  # Stop has gone dark: the keyboard is not lost with it
 
 
 def test_copying_is_marked(visit, site):
@@ -232,29 +290,48 @@ def test_copying_is_marked(visit, site):
         truncate_prompt_tokens=-1,
         originality=True,
     )['choices']
-    found, text = choice['originality'], choice['text']  # Python counts code points, as the server does
+    found, text = (
+        choice['originality'],
+        choice['text'],
+    )  # Python counts code points, as the server does
     assert '🦉' in text[: found['runs'][0]['end']]
-    assert page.locator('mark').all_text_contents() == [text[run['start'] : run['end']] for run in found['runs']]
+    assert page.locator('mark').all_text_contents() == [
+        text[run['start'] : run['end']] for run in found['runs']
+    ]
     assert page.locator('.written').text_content() == text
     assert str(found['runs'][0]['words']) in page.locator('mark').first.get_attribute('title')
-    expect(page.locator('.copied')).to_contain_text(f'{found["longest"]} words, from “{found["song"]}”')
+    expect(page.locator('.copied')).to_contain_text(
+        f'{found["longest"]} words, from “{found["song"]}”'
+    )
 
 
 def answers(page, body, status=200):
-    page.route('**/v1/completions', lambda route: route.fulfill(status=status, body=body, content_type='text/event-stream'))
+    page.route(
+        '**/v1/completions',
+        lambda route: route.fulfill(status=status, body=body, content_type='text/event-stream'),
+    )
 
 
 def event(text, finish=None, **more):
-    return 'data: ' + json.dumps({'choices': [{'index': 0, 'text': text, 'finish_reason': finish} | more]}) + '\n\n'
+    return (
+        'data: '
+        + json.dumps({'choices': [{'index': 0, 'text': text, 'finish_reason': finish} | more]})
+        + '\n\n'
+    )
 
 
 def test_marks_count_code_points_and_overlap(visit):
     page = visit()
     ask(page, 10)
     text = '🦉🕯️ one two three four <b>'
-    runs = [{'start': 4, 'end': 11, 'words': 2, 'song': 'A: B'}, {'start': 8, 'end': 17, 'words': 2, 'song': ''}]
+    runs = [
+        {'start': 4, 'end': 11, 'words': 2, 'song': 'A: B'},
+        {'start': 8, 'end': 17, 'words': 2, 'song': ''},
+    ]
     told = {'longest': 2, 'text': '', 'song': 'A: B', 'share': 0.5, 'n': 2, 'runs': runs}
-    answers(page, event('🦉🕯️ one two') + event(text[11:], 'stop', originality=told) + 'data: [DONE]\n\n')
+    answers(
+        page, event('🦉🕯️ one two') + event(text[11:], 'stop', originality=told) + 'data: [DONE]\n\n'
+    )
     page.click('#write')
     expect(page.locator('mark')).to_have_count(2)
     assert page.locator('mark').all_text_contents() == [text[4:11], text[11:17]]
@@ -262,7 +339,11 @@ def test_marks_count_code_points_and_overlap(visit):
     assert page.locator('.written').text_content() == text
     assert '50%' in page.locator('.copied').text_content()
     page.unroute('**/v1/completions')
-    answers(page, event('quite new', 'stop', originality=told | {'runs': [], 'longest': 0, 'share': 0}) + 'data: [DONE]\n\n')
+    answers(
+        page,
+        event('quite new', 'stop', originality=told | {'runs': [], 'longest': 0, 'share': 0})
+        + 'data: [DONE]\n\n',
+    )
     page.click('#write')
     expect(page.locator('.copied').first).to_contain_text('All its own')
 
@@ -272,7 +353,11 @@ def test_a_broken_stream_keeps_what_came(visit):
     ask(page, 10)
     half, failed = event('half a'), page.locator('[data-state=failed] .written')
     for i, (body, message) in enumerate(
-        [(half, 'connection'), (half + 'data: {"choi', 'connection'), (half + 'data: {"error": {"message": "no memory"}}\n\n', 'no memory')]
+        [
+            (half, 'connection'),
+            (half + 'data: {"choi', 'connection'),
+            (half + 'data: {"error": {"message": "no memory"}}\n\n', 'no memory'),
+        ]
     ):
         answers(page, body)
         page.click('#write')
@@ -302,7 +387,9 @@ def test_errors_are_told_and_leave_the_page_usable(visit):
     page.fill('[name=seed]', '')
     page.press('[name=seed]', 'Enter')
     expect(page.locator('[data-state=length]')).to_have_count(1)
-    assert all('Failed to load resource' in fault for fault in page.faults) and len(page.faults) == 2
+    assert (
+        all('Failed to load resource' in fault for fault in page.faults) and len(page.faults) == 2
+    )
     page.faults.clear()
 
 
@@ -312,7 +399,11 @@ def test_by_keyboard_alone(visit):
     order = []
     for _ in range(17):
         page.keyboard.press('Tab')
-        order.append(page.evaluate('document.activeElement.name || document.activeElement.id || document.activeElement.tagName'))
+        order.append(
+            page.evaluate(
+                'document.activeElement.name || document.activeElement.id || document.activeElement.tagName'
+            )
+        )
     assert [what for what in order if what not in ('originality', 'avoid_copying')][:14] == [
         *('tab-write', 'artist', 'album', 'title', 'prompt', 'write', 'SUMMARY'),
         *('temperature', 'max_tokens', 'top_k', 'top_p', 'repetition_penalty', 'n', 'seed'),
@@ -321,13 +412,17 @@ def test_by_keyboard_alone(visit):
     page.keyboard.press('ArrowRight')
     expect(page.locator('#panel-watch')).to_be_visible()
     expect(page.locator('#tab-watch')).to_be_focused()
-    assert page.url.endswith('#watch') and page.get_attribute('#tab-watch', 'aria-selected') == 'true'
+    assert (
+        page.url.endswith('#watch') and page.get_attribute('#tab-watch', 'aria-selected') == 'true'
+    )
     page.keyboard.press('Home')
     expect(page.locator('#panel-watch')).to_be_hidden()
     page.go_back()
     expect(page.locator('#panel-watch')).to_be_visible()
     for control in page.locator('button, input, textarea').all():
-        assert control.evaluate('e => (e.labels?.length || e.textContent.trim() || e.className === "seed") && 1'), control
+        assert control.evaluate(
+            'e => (e.labels?.length || e.textContent.trim() || e.className === "seed") && 1'
+        ), control
 
 
 def test_settings_are_remembered(visit):
@@ -337,8 +432,18 @@ def test_settings_are_remembered(visit):
     page.fill('[name=top_k]', '0')
     page.reload()
     expect(page.locator('[name=prompt]')).to_have_value('The\nrain')
-    assert [page.input_value(f'[name={name}]') for name in ('title', 'max_tokens', 'temperature', 'seed')] == ['<i>', '1234', '0', '7']
-    assert page.locator('.knobs b').all_text_contents() == ['0.00', '1,234', 'off', 'off', 'off', '1']
+    assert [
+        page.input_value(f'[name={name}]')
+        for name in ('title', 'max_tokens', 'temperature', 'seed')
+    ] == ['<i>', '1234', '0', '7']
+    assert page.locator('.knobs b').all_text_contents() == [
+        '0.00',
+        '1,234',
+        'off',
+        'off',
+        'off',
+        '1',
+    ]
 
 
 def test_watch_grows_and_keeps_the_zoom(visit, runs):
@@ -352,21 +457,41 @@ def test_watch_grows_and_keeps_the_zoom(visit, runs):
     points = 'document.querySelector(".chart").data.map(trace => trace.x.length)'
     expect(page.locator('#samples h3')).to_have_text(['out-one at step 30'])
     assert HARM in page.locator('#samples .text').text_content()
-    expect(page.locator('.chart').first).to_have_attribute('aria-label', re.compile(r'^Loss by step\. out-one: .*val loss 5\.8000'))
+    expect(page.locator('.chart').first).to_have_attribute(
+        'aria-label', re.compile(r'^Loss by step\. out-one: .*val loss 5\.8000')
+    )
     assert page.evaluate(points) == [27, 2]
-    page.evaluate('Plotly.relayout(document.querySelector(".chart"), {"xaxis.range": [5, 12], "yaxis.range": [5, 6]})')
+    page.evaluate(
+        'Plotly.relayout(document.querySelector(".chart"), {"xaxis.range": [5, 12], "yaxis.range": [5, 6]})'
+    )
     with open(runs / 'out-one' / 'metrics.csv', 'a', encoding='utf-8') as f:
         f.write(rows(30, 31, 32) + '33,33')  # a row half-written
     expect(page.locator('#runs label').nth(1)).to_contain_text('step 32')
-    expect(page.locator('.chart').first).to_have_attribute('aria-label', re.compile('val loss 5.7000'))
+    expect(page.locator('.chart').first).to_have_attribute(
+        'aria-label', re.compile('val loss 5.7000')
+    )
     assert page.evaluate(points) == [29, 3]
     assert page.evaluate('document.querySelector(".chart").layout.xaxis.range') == [5, 12]
     page.locator('#runs input').nth(0).check()
     page.check('[name=axis][value=seconds]')
-    expect(page.locator('.chart').first).to_have_attribute('aria-label', re.compile('by seconds.*two'))
+    expect(page.locator('.chart').first).to_have_attribute(
+        'aria-label', re.compile('by seconds.*two')
+    )
     assert len(page.evaluate(points)) == 4
-    assert len(set(page.evaluate('document.querySelector(".chart").data.map(trace => trace.line.color)'))) == 2
-    assert [page.locator('.chart .scatterlayer .trace').count() > 0, page.locator('.chart b').count()] == [True, 0]
+    assert (
+        len(
+            set(
+                page.evaluate(
+                    'document.querySelector(".chart").data.map(trace => trace.line.color)'
+                )
+            )
+        )
+        == 2
+    )
+    assert [
+        page.locator('.chart .scatterlayer .trace').count() > 0,
+        page.locator('.chart b').count(),
+    ] == [True, 0]
     polls = []
     page.click('#tab-write')
     page.on('request', lambda request: '/runs' in request.url and polls.append(request.url))
@@ -404,7 +529,11 @@ def test_a_phone_never_scrolls_sideways(visit):
 
 
 def test_a_key_and_no_model(visit, runs, tmp_path):
-    server, address = listen(serve.make_app(serve.ServeConfig(out_dir='', runs_dir=str(tmp_path), api_key='open sesame'), None))
+    server, address = listen(
+        serve.make_app(
+            serve.ServeConfig(out_dir='', runs_dir=str(tmp_path), api_key='open sesame'), None
+        )
+    )
     page = visit(address=address)
     expect(page.locator('#error')).to_contain_text('API key')
     page.fill('#key', 'wrong')
@@ -429,8 +558,14 @@ def test_contrast(visit):
     """WCAG AA: 4.5 for text, 3 for the edges of controls."""
 
     def light(colour):
-        parts = [int(c * 2, 16) if len(colour) == 4 else int(c, 16) for c in re.findall('..' if len(colour) == 7 else '.', colour[1:])]
-        red, green, blue = (v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in parts)
+        parts = [
+            int(c * 2, 16) if len(colour) == 4 else int(c, 16)
+            for c in re.findall('..' if len(colour) == 7 else '.', colour[1:])
+        ]
+        red, green, blue = (
+            v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4
+            for v in parts
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     page = visit()
@@ -441,7 +576,16 @@ def test_contrast(visit):
         )
         tones = {name[2:]: light(value) for name, value in style if value.startswith('#')}
         assert (tones['ink'] > tones['paper']) == (scheme == 'dark')
-        pairs = [(tone, ground, 4.5) for tone in ('ink', 'dim', 'accent', 'good', 'bad') for ground in ('paper', 'card')]
-        for one, two, least in [*pairs, ('on-accent', 'accent', 4.5), ('ink', 'mark', 4.5), ('edge', 'card', 3)]:
+        pairs = [
+            (tone, ground, 4.5)
+            for tone in ('ink', 'dim', 'accent', 'good', 'bad')
+            for ground in ('paper', 'card')
+        ]
+        for one, two, least in [
+            *pairs,
+            ('on-accent', 'accent', 4.5),
+            ('ink', 'mark', 4.5),
+            ('edge', 'card', 3),
+        ]:
             low, high = sorted((tones[one], tones[two]))
             assert (high + 0.05) / (low + 0.05) >= least, (scheme, one, two)

@@ -26,7 +26,14 @@ KNOBS = (
 
 
 def torchrun(processes, chars, out, *more, timeout=200, launcher=('--standalone',), **env):
-    command = [sys.executable, '-m', 'torch.distributed.run', *launcher, f'--nproc_per_node={processes}', 'train.py']
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        *launcher,
+        f'--nproc_per_node={processes}',
+        'train.py',
+    ]
     if processes == 1 and launcher == ('--standalone',):
         command = [sys.executable, 'train.py']
     return subprocess.run(
@@ -49,7 +56,10 @@ def curve(out):
 def assert_same_curve(a, b, steps):
     """Within 1e-6 at the first step, 1e-4 at all others, training and validation."""
     (train_a, val_a), (train_b, val_b) = curve(a), curve(b)
-    assert train_a.keys() == train_b.keys() == set(range(1, steps + 1)) and val_a.keys() == val_b.keys()
+    assert (
+        train_a.keys() == train_b.keys() == set(range(1, steps + 1))
+        and val_a.keys() == val_b.keys()
+    )
     assert abs(train_a[1] / train_b[1] - 1) < 1e-6
     assert max(abs(x / y - 1) for x, y in zip(train_a.values(), train_b.values())) < 1e-4
     assert max(abs(x / y - 1) for x, y in zip(val_a.values(), val_b.values())) < 1e-4
@@ -59,8 +69,12 @@ def assert_same_curve(a, b, steps):
 def test_shares_are_the_whole_batch_in_order(rows, micro):
     for size in 1, 2, 3, 4:
         parts = [shares(rows, rank, size, micro) for rank in range(size)]
-        assert [i for mine in parts for start, stop in mine for i in range(start, stop)] == list(range(rows))
-        assert len({len(mine) for mine in parts}) == 1 and all(stop - start <= micro for mine in parts for start, stop in mine)
+        assert [i for mine in parts for start, stop in mine for i in range(start, stop)] == list(
+            range(rows)
+        )
+        assert len({len(mine) for mine in parts}) == 1 and all(
+            stop - start <= micro for mine in parts for start, stop in mine
+        )
     with pytest.raises(UserError, match='fewer than the'):
         shares(rows, 0, rows + 1, micro)
 
@@ -74,7 +88,10 @@ def alone(chars, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('processes, more', [(3, ['--parallel=ddp']), (2, ['--parallel=fsdp', '--remat=True', '--sample_interval=30'])])
+@pytest.mark.parametrize(
+    'processes, more',
+    [(3, ['--parallel=ddp']), (2, ['--parallel=fsdp', '--remat=True', '--sample_interval=30'])],
+)
 def test_the_same_curve_on_several_processes(chars, alone, tmp_path, processes, more):
     done = torchrun(processes, chars, tmp_path, '--max_iters=30', '--eval_interval=10', *more)
     assert done.returncode == 0, done.stderr
@@ -83,14 +100,35 @@ def test_the_same_curve_on_several_processes(chars, alone, tmp_path, processes, 
 
 @pytest.mark.long
 def test_the_same_curve_over_a_hundred_steps(chars, tmp_path):
-    runs = {f'{n}-{p}': (n, p) for n, p in ((1, 'ddp'), (2, 'ddp'), (3, 'ddp'), (4, 'ddp'), (2, 'fsdp'), (1, 'fsdp'), (3, 'fsdp'))}
+    runs = {
+        f'{n}-{p}': (n, p)
+        for n, p in (
+            (1, 'ddp'),
+            (2, 'ddp'),
+            (3, 'ddp'),
+            (4, 'ddp'),
+            (2, 'fsdp'),
+            (1, 'fsdp'),
+            (3, 'fsdp'),
+        )
+    }
     for arch in 'modern', 'gpt2':
         for name, (processes, parallel) in runs.items():
-            done = torchrun(processes, chars, tmp_path / arch / name, '--max_iters=100', '--eval_interval=25', f'--parallel={parallel}', f'--arch={arch}')
+            done = torchrun(
+                processes,
+                chars,
+                tmp_path / arch / name,
+                '--max_iters=100',
+                '--eval_interval=25',
+                f'--parallel={parallel}',
+                f'--arch={arch}',
+            )
             assert done.returncode == 0, done.stderr
             (a, _), (b, _) = curve(tmp_path / arch / '1-ddp'), curve(tmp_path / arch / name)
             furthest = max(abs(x / y - 1) for x, y in zip(a.values(), b.values()))
-            print(f'{arch} {name}: {abs(a[1] / b[1] - 1):.1e} at step 1, at most {furthest:.1e} over 100 steps')
+            print(
+                f'{arch} {name}: {abs(a[1] / b[1] - 1):.1e} at step 1, at most {furthest:.1e} over 100 steps'
+            )
             assert_same_curve(tmp_path / arch / '1-ddp', tmp_path / arch / name, 100)
 
 
@@ -98,7 +136,13 @@ def test_stop_on_some_processes_and_go_on_with_others(chars, alone, tmp_path):
     """4 processes (DDP) → 2 (FSDP2, from one file) → 1 (DDP, from a folder of shards)."""
     stages = ((4, 10, 'ddp', ''), (2, 20, 'fsdp', 'resume'), (1, 30, 'ddp', 'auto'))
     for processes, until, parallel, init in stages:
-        more = [f'--max_iters={until}', '--eval_interval=10', '--lr_decay_iters=30', f'--parallel={parallel}', *([f'--init_from={init}'] if init else [])]
+        more = [
+            f'--max_iters={until}',
+            '--eval_interval=10',
+            '--lr_decay_iters=30',
+            f'--parallel={parallel}',
+            *([f'--init_from={init}'] if init else []),
+        ]
         done = torchrun(processes, chars, tmp_path, *more)
         assert done.returncode == 0, done.stderr
         assert processes == 4 or 'resuming' in done.stdout
@@ -109,19 +153,33 @@ def test_stop_on_some_processes_and_go_on_with_others(chars, alone, tmp_path):
 def sharded(chars, tmp_path_factory):
     """The out_dir of a run of three processes with sharded weights, and tied ones."""
     out = tmp_path_factory.mktemp('sharded')
-    done = torchrun(3, chars, out, '--max_iters=8', '--eval_interval=4', '--parallel=fsdp', '--arch=gpt2')
+    done = torchrun(
+        3, chars, out, '--max_iters=8', '--eval_interval=4', '--parallel=fsdp', '--arch=gpt2'
+    )
     assert done.returncode == 0, done.stderr
     return out
 
 
 def test_merge_and_split_lose_nothing(sharded, tmp_path):
-    for args in (['merge', sharded / 'ckpt', tmp_path / 'm.pt'], ['split', tmp_path / 'm.pt', tmp_path / 's'], ['merge', tmp_path / 's', tmp_path / 'n.pt']):
+    for args in (
+        ['merge', sharded / 'ckpt', tmp_path / 'm.pt'],
+        ['split', tmp_path / 'm.pt', tmp_path / 's'],
+        ['merge', tmp_path / 's', tmp_path / 'n.pt'],
+    ):
         done = script('-m', 'lyregpt', 'checkpoint', *args)
         assert done.returncode == 0 and done.stdout.endswith('written\n'), done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('m.pt', 'n.pt'))
     a, b = checkpoint.apart(one), checkpoint.apart(two)
-    assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1] == b[1]
-    assert any('exp_avg_sq' in name for name in a[0]) and any('momentum_buffer' in name for name in a[0]) and one['iter_num'] == 8
+    assert (
+        a[0].keys() == b[0].keys()
+        and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+        and a[1] == b[1]
+    )
+    assert (
+        any('exp_avg_sq' in name for name in a[0])
+        and any('momentum_buffer' in name for name in a[0])
+        and one['iter_num'] == 8
+    )
     # torch's own optimizers take the merged states
     model = checkpoint.build_model(checkpoint.load(str(tmp_path / 'm.pt')), 'm.pt')
     for kind, optimizer in configure_optimizers(model, 0.1, 1e-3, (0.9, 0.95)).items():
@@ -129,18 +187,39 @@ def test_merge_and_split_lose_nothing(sharded, tmp_path):
 
 
 def test_a_folder_is_sampled_inspected_and_verified(sharded, tmp_path):
-    done = script('sample.py', f'--out_dir={sharded}', '--max_new_tokens=20', '--num_samples=1', '--device=cpu')
+    done = script(
+        'sample.py',
+        f'--out_dir={sharded}',
+        '--max_new_tokens=20',
+        '--num_samples=1',
+        '--device=cpu',
+    )
     assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
     done = script('-m', 'lyregpt', 'checkpoint', 'inspect', sharded)
-    assert done.returncode == 0 and 'in 5 files' in done.stdout and 'with adamw and muon' in done.stdout, done.stdout
+    assert (
+        done.returncode == 0
+        and 'in 5 files' in done.stdout
+        and 'with adamw and muon' in done.stdout
+    ), done.stdout
     shutil.copytree(sharded, tmp_path / 'out')
     shard = next((tmp_path / 'out' / 'ckpt').glob('*.safetensors'))
     shard.write_bytes(shard.read_bytes()[:-1] + b'\x00\x00')
     done = script('-m', 'lyregpt', 'checkpoint', 'verify', tmp_path / 'out')
-    assert done.returncode == 2 and f'the checksum of {shard.name} is wrong' in done.stderr and done.stdout.count('whole') == 2
+    assert (
+        done.returncode == 2
+        and f'the checksum of {shard.name} is wrong' in done.stderr
+        and done.stdout.count('whole') == 2
+    )
     if os.name == 'posix':
-        check = subprocess.run(['sha256sum', '--check', 'SHA256SUMS'], cwd=sharded / 'ckpt', capture_output=True, text=True)
-        assert check.returncode == 0 and check.stdout.count(': OK') == 4, 'the sums are those of the standard tool'
+        check = subprocess.run(
+            ['sha256sum', '--check', 'SHA256SUMS'],
+            cwd=sharded / 'ckpt',
+            capture_output=True,
+            text=True,
+        )
+        assert check.returncode == 0 and check.stdout.count(': OK') == 4, (
+            'the sums are those of the standard tool'
+        )
 
 
 def test_mistakes_with_checkpoints(sharded, trained, tmp_path, capsys):
@@ -179,7 +258,9 @@ def test_init_from_auto(chars, tmp_path):
     assert other['step'] == 2, 'nothing to resume: it fine-tunes what was named'
 
 
-def test_a_restarted_process_resumes_whatever_it_was_told_at_first(chars, trained, tmp_path, monkeypatch):
+def test_a_restarted_process_resumes_whatever_it_was_told_at_first(
+    chars, trained, tmp_path, monkeypatch
+):
     shutil.copytree(trained, tmp_path / 'out')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     assert train(tiny(chars, tmp_path / 'out', '--max_iters=62'))['step'] == 62
@@ -218,12 +299,34 @@ def test_two_nodes_with_their_own_shards(tmp_path):
         for path in everything.glob('*.bin'):
             if 'val' in path.name or int(path.stem[-6:]) % 2 == i:
                 shutil.copy(path, node)
-    words = ['--shard_groups=2', '--max_iters=6', '--eval_interval=3', '--n_embd=16', '--init_from=auto']
+    words = [
+        '--shard_groups=2',
+        '--max_iters=6',
+        '--eval_interval=3',
+        '--n_embd=16',
+        '--init_from=auto',
+    ]
     port = 29000 + os.getpid() % 1000
     agents = [
         subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}']
-            + ['--rdzv_id=words', '--max_restarts=3', 'train.py', f'--dataset={node}', f'--out_dir={tmp_path / "out"}', *KNOBS, *words],
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--nnodes=2',
+                '--nproc_per_node=1',
+                '--rdzv_backend=c10d',
+                f'--rdzv_endpoint=localhost:{port}',
+            ]
+            + [
+                '--rdzv_id=words',
+                '--max_restarts=3',
+                'train.py',
+                f'--dataset={node}',
+                f'--out_dir={tmp_path / "out"}',
+                *KNOBS,
+                *words,
+            ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -243,5 +346,7 @@ def test_two_nodes_with_their_own_shards(tmp_path):
 def test_a_large_model_is_made_without_its_memory():
     """On the meta device; sharding and filling it is what the runs above do."""
     with torch.device('meta'):
-        model = GPT(GPTConfig(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096))
+        model = GPT(
+            GPTConfig(n_layer=32, n_head=32, n_embd=4096, vocab_size=32000, block_size=4096)
+        )
     assert model.num_params() > 6_500_000_000 and all(p.is_meta for p in model.parameters())

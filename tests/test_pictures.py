@@ -16,7 +16,10 @@ try:
     drawn_by = version('matplotlib') == '3.11.2'  # other versions draw other bytes
 except PackageNotFoundError:
     drawn_by = False
-pytestmark = pytest.mark.skipif(not drawn_by, reason='needs the matplotlib that drew the pictures (requirements-dev.txt on Python 3.11 and later)')
+pytestmark = pytest.mark.skipif(
+    not drawn_by,
+    reason='needs the matplotlib that drew the pictures (requirements-dev.txt on Python 3.11 and later)',
+)
 sys.path.insert(0, os.path.join(ROOT, 'docs'))
 
 
@@ -26,8 +29,13 @@ def test_pictures_are_as_the_code_draws_them(tmp_path):
     committed = {name for name in os.listdir(pictures.FOLDER) if name.endswith('.svg')}
     assert committed == {f'{name}.svg' for name in pictures.PICTURES}
     for name in pictures.PICTURES:
-        with open(pictures.draw(name, str(tmp_path)), encoding='utf-8') as now, open(os.path.join(pictures.FOLDER, f'{name}.svg'), encoding='utf-8') as then:
-            assert now.read() == then.read(), f'{name}.svg is not what the code draws now: python docs/pictures.py'
+        with (
+            open(pictures.draw(name, str(tmp_path)), encoding='utf-8') as now,
+            open(os.path.join(pictures.FOLDER, f'{name}.svg'), encoding='utf-8') as then,
+        ):
+            assert now.read() == then.read(), (
+                f'{name}.svg is not what the code draws now: python docs/pictures.py'
+            )
         assert os.path.getsize(tmp_path / f'{name}.svg') < 80_000
 
 
@@ -39,7 +47,11 @@ def test_memory_is_counted_for_the_models_of_the_configs():
         with torch.device('meta'):
             model = GPT(knobs.model_config(vocab_size))
         parts = pictures.memory_of(config, vocab_size)[1]
-        matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('transformer.h.'))
+        matrices = sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if p.dim() == 2 and name.startswith('transformer.h.')
+        )
         assert parts['weights'] == parts['gradients'] == 4 * model.num_params()
         assert parts['optimizer'] == 8 * model.num_params() - 4 * matrices
 

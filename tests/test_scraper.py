@@ -32,17 +32,31 @@ FEW = [s for s in SONGS if s['artist'] in ('Ambersluice', 'Thawferry', '19 Uninv
 
 
 def crawl(site, folder, *more):
-    words = [f'--base_url={site.url}', f'--crawl_dir={folder}', '--delay=0', '--local', '--retry_wait=0.01', '--timeout=2', *map(str, more)]
+    words = [
+        f'--base_url={site.url}',
+        f'--crawl_dir={folder}',
+        '--delay=0',
+        '--local',
+        '--retry_wait=0.01',
+        '--timeout=2',
+        *map(str, more),
+    ]
     scraper.scrape(configure(scraper.ScrapeConfig, words))
 
 
 def songs_in(folder):
     with open(folder / 'songs.jsonl', encoding='utf-8') as f:
-        return {urlsplit(s['url']).path + '#' + urlsplit(s['url']).fragment: s for s in map(json.loads, f)}
+        return {
+            urlsplit(s['url']).path + '#' + urlsplit(s['url']).fragment: s
+            for s in map(json.loads, f)
+        }
 
 
 def report_of(folder):
-    return [json.loads(line) for line in (folder / 'report.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / 'report.jsonl').read_text(encoding='utf-8').splitlines()
+    ]
 
 
 def expect(folder, songs):
@@ -58,7 +72,11 @@ def expect(folder, songs):
         assert got['lyrics'] == (
             ''
             if silent
-            else song['lyrics'].replace('NaÃ¯ve', 'Naïve').replace('cafÃ©', 'café').replace('dÃ¦wn', 'dæwn').replace('Itâ€™s', 'It’s')
+            else song['lyrics']
+            .replace('NaÃ¯ve', 'Naïve')
+            .replace('cafÃ©', 'café')
+            .replace('dÃ¦wn', 'dæwn')
+            .replace('Itâ€™s', 'It’s')
         )
         assert (
             got['instrumental'] == (song['lyrics'] == '[Instrumental]')
@@ -72,7 +90,9 @@ def test_the_round_trip(tmp_path):
     with Site(SONGS + hostile_songs()) as site:
         crawl(site, tmp_path, '--letters=all')
         assert len(site.requests) == len(set(site.requests)) and site.requests[0] == '/robots.txt'
-        assert sum(p.startswith('/lyrics/') for p in site.requests) == len({album_path(s) for s in SONGS + hostile_songs()})
+        assert sum(p.startswith('/lyrics/') for p in site.requests) == len(
+            {album_path(s) for s in SONGS + hostile_songs()}
+        )
         assert all('lyreGPT' in h['User-Agent'] and 'Cookie' not in h for h in site.headers)
         expect(tmp_path, SONGS + hostile_songs())
         before = len(site.requests)
@@ -80,13 +100,22 @@ def test_the_round_trip(tmp_path):
         assert site.requests[before:] == ['/robots.txt'], 'nothing is fetched twice'
     out = tmp_path / 'lyrics.jsonl'
     for _ in range(2):
-        assert script('scrapers/build_dataset.py', f'--input={tmp_path / "songs.jsonl"}', f'--output={out}').returncode == 0
+        assert (
+            script(
+                'scrapers/build_dataset.py',
+                f'--input={tmp_path / "songs.jsonl"}',
+                f'--output={out}',
+            ).returncode
+            == 0
+        )
         found = [json.loads(line) for line in out.read_text(encoding='utf-8').splitlines()]
         by_path = {urlsplit(s['url'])[2:]: s for s in found}
         for song in SONGS:
             got = by_path.get(urlsplit(song['url'])[2:])
             assert (got is None) == (song['lyrics'] == '[Instrumental]')
-            assert got is None or {k: v for k, v in got.items() if k != 'url'} == {k: v for k, v in song.items() if k != 'url'}
+            assert got is None or {k: v for k, v in got.items() if k != 'url'} == {
+                k: v for k, v in song.items() if k != 'url'
+            }
     assert list(found[0]) == list(SONGS[0]), 'the very fields of the embedded corpus'
 
 
@@ -98,7 +127,11 @@ def test_notes_and_credits(tmp_path):
     for song in songs_in(tmp_path).values():
         assert all(note in song['lyrics'] or song['instrumental'] for note in song['notes'])
         assert song['credits'].split('\n') == (album_credits(urlsplit(song['url']).path) or [''])
-        marked = [line for line in song['lyrics'].split('\n') if line.startswith('[') and line.endswith(']')]
+        marked = [
+            line
+            for line in song['lyrics'].split('\n')
+            if line.startswith('[') and line.endswith(']')
+        ]
         assert set(marked) <= set(song['notes'])
 
 
@@ -162,7 +195,9 @@ def test_a_block_stops_the_crawl_and_keeps_what_there_is(fault, said, tmp_path):
         with pytest.raises(UserError, match=said):
             crawl(site, tmp_path, '--letters=all', '--retries=2')
         assert songs_in(tmp_path) == kept and len(site.requests) - before <= 12
-        assert fault == '403' or any('left for the next run' in r['reason'] for r in report_of(tmp_path))
+        assert fault == '403' or any(
+            'left for the next run' in r['reason'] for r in report_of(tmp_path)
+        )
         site.set_faults({})
         crawl(site, tmp_path, '--letters=all')
         expect(tmp_path, SONGS)
@@ -173,18 +208,24 @@ def test_one_broken_page_is_reported_and_the_rest_is_had(tmp_path):
     with Site(FEW, faults={broken: ['always:block']}) as site:
         crawl(site, tmp_path, '--letters=all')
         expect(tmp_path, [s for s in FEW if album_path(s) != broken])
-        assert any(broken in r['page'] and 'another kind' in r['reason'] for r in report_of(tmp_path))
+        assert any(
+            broken in r['page'] and 'another kind' in r['reason'] for r in report_of(tmp_path)
+        )
         site.set_faults({})
         crawl(site, tmp_path, '--letters=all')
         expect(tmp_path, FEW)
-        assert not any(broken in r['page'] for r in report_of(tmp_path)), 'what was mended is no longer reported'
+        assert not any(broken in r['page'] for r in report_of(tmp_path)), (
+            'what was mended is no longer reported'
+        )
 
 
 def test_robots(tmp_path):
     forbidden = album_path(FEW[0])
     with Site(FEW, robots=f'User-agent: *\nDisallow: {forbidden}\nCrawl-delay: 0.05\n') as site:
         crawl(site, tmp_path / 'a', '--letters=all')
-        assert forbidden not in site.requests and any(r['reason'] == 'forbidden by robots.txt' for r in report_of(tmp_path / 'a'))
+        assert forbidden not in site.requests and any(
+            r['reason'] == 'forbidden by robots.txt' for r in report_of(tmp_path / 'a')
+        )
     with Site(FEW, robots='User-agent: *\nDisallow: /\n') as site:
         crawl(site, tmp_path / 'b', '--letters=all')
         assert site.requests == ['/robots.txt']
@@ -231,7 +272,9 @@ def kill_rounds(tmp_path, rounds, songs):
                     )
                 db.close()
             before = len(site.requests)
-            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             time.sleep(dice.uniform(0.4, 0.75))
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -261,7 +304,9 @@ def test_ctrl_c_exports_what_there_is(tmp_path):
             '--delay=0.05',
             '--local',
         ]
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         while sum('/lyrics/' in p for p in site.requests) < 3 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -279,10 +324,14 @@ def test_refresh_and_parse_only(tmp_path):
         crawl(site, tmp_path, '--letters=all', '--refresh')
         asked = site.headers[before + 1 :]
         assert len(asked) == before - 1 and all('If-None-Match' in h for h in asked)
-        assert any(s['title'] == 'Changed Title' for s in songs_in(tmp_path).values()) and len(songs_in(tmp_path)) == len(FEW)
+        assert any(s['title'] == 'Changed Title' for s in songs_in(tmp_path).values()) and len(
+            songs_in(tmp_path)
+        ) == len(FEW)
         before, second = len(site.requests), (tmp_path / 'songs.jsonl').read_bytes()
         crawl(site, tmp_path, '--parse_only')
-        assert (tmp_path / 'songs.jsonl').read_bytes() == second != first and len(site.requests) == before
+        assert (tmp_path / 'songs.jsonl').read_bytes() == second != first and len(
+            site.requests
+        ) == before
 
 
 def test_choices_and_limits(tmp_path, capsys):
@@ -291,15 +340,22 @@ def test_choices_and_limits(tmp_path, capsys):
         assert {s['artist'] for s in songs_in(tmp_path / 'a').values()} == {'THAWFERRY', 'VYRELAMP'}
         (tmp_path / 'names.txt').write_text('Ambersluice\n\n19 Uninvited Uncles\n')
         crawl(site, tmp_path / 'b', f'--artists={tmp_path / "names.txt"}')
-        assert {s['artist'] for s in songs_in(tmp_path / 'b').values()} == {'AMBERSLUICE', '19 UNINVITED UNCLES'}
+        assert {s['artist'] for s in songs_in(tmp_path / 'b').values()} == {
+            'AMBERSLUICE',
+            '19 UNINVITED UNCLES',
+        }
         before = len(site.requests)
         crawl(site, tmp_path / 'c', '--letters=a', '--list')
-        assert 'AMBERSLUICE: ' in capsys.readouterr().out and not any('/lyrics/' in p for p in site.requests[before:])
+        assert 'AMBERSLUICE: ' in capsys.readouterr().out and not any(
+            '/lyrics/' in p for p in site.requests[before:]
+        )
         crawl(site, tmp_path / 'd', '--letters=all', '--max_albums=4')
         assert len({urlsplit(s['url']).path for s in songs_in(tmp_path / 'd').values()}) == 4
         before = len(site.requests)
         crawl(site, tmp_path / 'e', '--letters=all', '--max_requests=7')
-        assert len(site.requests) - before == 7 and 'max_requests=7 reached' in capsys.readouterr().out
+        assert (
+            len(site.requests) - before == 7 and 'max_requests=7 reached' in capsys.readouterr().out
+        )
         scraper.scrape(scraper.ScrapeConfig(crawl_dir=str(tmp_path / 'd'), stats=True))
         assert '4 of' in capsys.readouterr().out
 
@@ -313,18 +369,28 @@ def test_choices_and_limits(tmp_path, capsys):
         (['--letters=a', '--delay=0', '--local'], 'with --local'),
         (['--stats'], 'no crawl is there'),
         (['--letters=a', '--base_url=ftp://x'], 'base_url=ftp://x'),
-        (['--letters=a', '--base_url=http://127.0.0.1:9', '--local', '--delay=0'], 'could not be reached'),
+        (
+            ['--letters=a', '--base_url=http://127.0.0.1:9', '--local', '--delay=0'],
+            'could not be reached',
+        ),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, words, message):
     done = script('scrapers/darklyrics_scraper.py', f'--crawl_dir={tmp_path / "c"}', *words)
     said = [line for line in done.stderr.splitlines() if 'error' in line]
-    assert done.returncode == 2 and len(said) == 1 and message in said[0] and 'Traceback' not in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and len(said) == 1
+        and message in said[0]
+        and 'Traceback' not in done.stderr
+    ), done.stderr
 
 
 def test_more_mistakes(tmp_path):
     with Site(FEW) as site:
-        with pytest.raises(UserError, match="artist 'Thawfery' is not under T; did you mean THAWFERRY"):
+        with pytest.raises(
+            UserError, match="artist 'Thawfery' is not under T; did you mean THAWFERRY"
+        ):
             crawl(site, tmp_path / 'a', '--artists=Thawfery')
         crawl(site, tmp_path / 'b', '--letters=t')
         with pytest.raises(UserError, match='name another --crawl_dir'):
@@ -353,7 +419,9 @@ def test_links_that_lead_away_are_never_followed(tmp_path):
     ]
     with Site(FEW) as site:
         page = artist_path(FEW[0])
-        site.pages[page] = site.pages[page].replace(b'<h2>', b'<h2>' + b''.join(b'<a href="%s">x</a>' % b.encode() for b in bad))
+        site.pages[page] = site.pages[page].replace(
+            b'<h2>', b'<h2>' + b''.join(b'<a href="%s">x</a>' % b.encode() for b in bad)
+        )
         crawl(site, tmp_path, '--letters=all')
         expect(tmp_path, FEW)
         assert {p for p in site.requests if p not in site.pages} <= {
@@ -415,7 +483,8 @@ def test_the_parser_survives_anything():
         b'<div class="lyrics">' + b'&amp;' * 200_000,
         b'<' * 200_000,
         b'</i>' * 200_000,
-        b'<!DOCTYPE lolz [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>&b;' + b'<div class="lyrics">x',
+        b'<!DOCTYPE lolz [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>&b;'
+        + b'<div class="lyrics">x',
         bytes(range(256)) * 500,
     ]
     for bomb in bombs:
@@ -435,12 +504,20 @@ def test_the_parser_survives_thousands():
 
 
 def build(tmp_path, songs, *more):
-    (tmp_path / 'songs.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in songs), encoding='utf-8')
-    done = script('scrapers/build_dataset.py', f'--input={tmp_path / "songs.jsonl"}', f'--output={tmp_path / "lyrics.jsonl"}', *more)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (tmp_path / 'lyrics.jsonl').read_text(encoding='utf-8').splitlines()], json.loads(
-        (tmp_path / 'lyrics.report.json').read_text(encoding='utf-8')
+    (tmp_path / 'songs.jsonl').write_text(
+        ''.join(json.dumps(s) + '\n' for s in songs), encoding='utf-8'
     )
+    done = script(
+        'scrapers/build_dataset.py',
+        f'--input={tmp_path / "songs.jsonl"}',
+        f'--output={tmp_path / "lyrics.jsonl"}',
+        *more,
+    )
+    assert done.returncode == 0, done.stderr
+    return [
+        json.loads(line)
+        for line in (tmp_path / 'lyrics.jsonl').read_text(encoding='utf-8').splitlines()
+    ], json.loads((tmp_path / 'lyrics.report.json').read_text(encoding='utf-8'))
 
 
 def test_doubles_boilerplate_and_prose(tmp_path):
@@ -448,16 +525,29 @@ def test_doubles_boilerplate_and_prose(tmp_path):
         (
             dict(s)
             for s in SONGS
-            if s['lyrics'] != '[Instrumental]' and len(s['lyrics']) > 800 and s['album_type'] == 'album' and s['year'] > 1990
+            if s['lyrics'] != '[Instrumental]'
+            and len(s['lyrics']) > 800
+            and s['album_type'] == 'album'
+            and s['year'] > 1990
         ).__iter__().__next__(),
         dict(SONGS[5]),
         dict(SONGS[9]),
     )
     lines = a['lyrics'].split('\n')
-    demo = a | {'album_type': 'demo', 'year': a['year'] - 1, 'lyrics': '\n'.join(lines[:-2]).upper(), 'url': 'http://x/demo#1'}
-    live = a | {'album_type': 'live', 'lyrics': a['lyrics'].replace(',', ''), 'url': 'http://x/live#1'}
+    demo = a | {
+        'album_type': 'demo',
+        'year': a['year'] - 1,
+        'lyrics': '\n'.join(lines[:-2]).upper(),
+        'url': 'http://x/demo#1',
+    }
+    live = a | {
+        'album_type': 'live',
+        'lyrics': a['lyrics'].replace(',', ''),
+        'url': 'http://x/live#1',
+    }
     noisy = b | {
-        'lyrics': b['lyrics'] + '\nSubmits, comments, corrections are welcomed at someone@example.org\n\n\n\nlast line',
+        'lyrics': b['lyrics']
+        + '\nSubmits, comments, corrections are welcomed at someone@example.org\n\n\n\nlast line',
         'url': 'http://x/n#1',
     }
     prose = c | {
@@ -482,19 +572,24 @@ def test_doubles_boilerplate_and_prose(tmp_path):
         'prose, not verse': 1,
         'no lyrics or artist field': 1,
     }
-    assert {s.get('of') for s in report['songs'] if 'words of' in s['why'] or 'same' in s['why']} == {a['url']} and report[
-        'boilerplate_lines'
-    ] == 1
+    assert {
+        s.get('of') for s in report['songs'] if 'words of' in s['why'] or 'same' in s['why']
+    } == {a['url']} and report['boilerplate_lines'] == 1
 
 
 def test_filters(tmp_path):
     kept, _ = build(tmp_path, SONGS, '--languages=de')
-    assert 1 <= len(kept) <= 8 and all(any(w in s['lyrics'].lower().split() for w in ('der', 'die', 'und', 'ich')) for s in kept)
+    assert 1 <= len(kept) <= 8 and all(
+        any(w in s['lyrics'].lower().split() for w in ('der', 'die', 'und', 'ich')) for s in kept
+    )
     (tmp_path / 'bands.csv').write_text(
-        'Artist,Genre,Country\nThawferry,Melodic Death Metal,FI\nAmbersluice,Doom Metal,UK\n', encoding='utf-8'
+        'Artist,Genre,Country\nThawferry,Melodic Death Metal,FI\nAmbersluice,Doom Metal,UK\n',
+        encoding='utf-8',
     )
     kept, report = build(tmp_path, SONGS, f'--metadata={tmp_path / "bands.csv"}', '--genres=doom')
-    assert {s['artist'] for s in kept} == {'Ambersluice'} and report['left_out']['another genre, or none known'] > 300
+    assert {s['artist'] for s in kept} == {'Ambersluice'} and report['left_out'][
+        'another genre, or none known'
+    ] > 300
     kept, _ = build(tmp_path, SONGS, '--years=2000-2004', '--min_lines=10')
     assert kept and all(2000 <= s['year'] <= 2004 for s in kept)
 
@@ -512,8 +607,18 @@ def test_filters(tmp_path):
     ],
 )
 def test_builder_mistakes(tmp_path, words, message):
-    done = script('scrapers/build_dataset.py', f'--input={ROOT / "data/darklyrics/demo.jsonl"}', f'--output={tmp_path / "o.jsonl"}', *words)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1 and not os.listdir(tmp_path), done.stderr
+    done = script(
+        'scrapers/build_dataset.py',
+        f'--input={ROOT / "data/darklyrics/demo.jsonl"}',
+        f'--output={tmp_path / "o.jsonl"}',
+        *words,
+    )
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and done.stderr.count('\n') == 1
+        and not os.listdir(tmp_path)
+    ), done.stderr
 
 
 @pytest.mark.long
@@ -521,13 +626,22 @@ def test_a_quarter_million_songs(tmp_path):
     """250,000 synthetic songs, a fifth of them doubles, in under 10 minutes and 2 GB on 2 cores."""
     pytest.importorskip('resource')
     dice = random.Random(3)
-    lines = sorted({line for s in SONGS for line in s['lyrics'].split('\n') if len(line) > 15 and line[0] != '['})
+    lines = sorted(
+        {
+            line
+            for s in SONGS
+            for line in s['lyrics'].split('\n')
+            if len(line) > 15 and line[0] != '['
+        }
+    )
     with open(tmp_path / 'songs.jsonl', 'w', encoding='utf-8') as f:
         lyrics = ''
         for n in range(250_000):
             if n % 5 or not lyrics:
                 chosen = [
-                    ' '.join(dice.choices(dice.choice(lines).split(), k=2)) + ' ' + dice.choice(lines)
+                    ' '.join(dice.choices(dice.choice(lines).split(), k=2))
+                    + ' '
+                    + dice.choice(lines)
                     for _ in range(dice.randrange(16, 40))
                 ]
                 lyrics = '\n'.join(chosen)

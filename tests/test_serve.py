@@ -26,7 +26,9 @@ pytest.importorskip('fastapi')
 @pytest.fixture(scope='module')
 def server(trained):
     """The address of a running server with room for 4 texts, and 8 that wait."""
-    with serving(trained, '--max_batch=4', '--max_queue=8', '--max_new_tokens=3000', '--max_body=100000') as address:
+    with serving(
+        trained, '--max_batch=4', '--max_queue=8', '--max_new_tokens=3000', '--max_body=100000'
+    ) as address:
         yield address
 
 
@@ -38,8 +40,25 @@ class serving:
 
     def __init__(self, out_dir, *words, **env):
         self.model = bool(out_dir)
-        command = [sys.executable, '-m', 'lyregpt', 'serve', f'--out_dir={out_dir}', '--port=0', '--device=cpu', f'--runs_dir={out_dir or "."}', *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env, cwd=ROOT)
+        command = [
+            sys.executable,
+            '-m',
+            'lyregpt',
+            'serve',
+            f'--out_dir={out_dir}',
+            '--port=0',
+            '--device=cpu',
+            f'--runs_dir={out_dir or "."}',
+            *words,
+        ]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | env,
+            cwd=ROOT,
+        )
 
     def __enter__(self):
         line = self.process.stdout.readline()
@@ -94,20 +113,38 @@ def test_models(client, name, trained):
 def test_what_it_writes_is_what_generate_writes(client, name, trained):
     """Sample i of a prompt is generate's with seed + i, whether it comes at once or as a stream."""
     path, state = checkpoint.load_from(str(trained))
-    model, tokenizer = checkpoint.build_model(state, path, dropout=0.0).eval().quantize(), checkpoint.tokenizer_of(state)
+    model, tokenizer = (
+        checkpoint.build_model(state, path, dropout=0.0).eval().quantize(),
+        checkpoint.tokenizer_of(state),
+    )
     prompt = [tokenizer.eot] + tokenizer.encode('The rain')
     rows = [[], [], []]
-    for tokens in model.generate([prompt] * 3, 60, temperature=0.9, top_p=0.95, seed=11, vocab_size=tokenizer.vocab_size, stop_tokens=[tokenizer.eot]):
+    for tokens in model.generate(
+        [prompt] * 3,
+        60,
+        temperature=0.9,
+        top_p=0.95,
+        seed=11,
+        vocab_size=tokenizer.vocab_size,
+        stop_tokens=[tokenizer.eot],
+    ):
         for row, token in zip(rows, tokens.tolist()):
             row.extend([token] if token >= 0 and token != tokenizer.eot else [])
     expected = [tokenizer.decode(row) for row in rows]
-    options = dict(model=name, prompt='The rain', max_tokens=60, temperature=0.9, top_p=0.95, seed=11, n=3)
+    options = dict(
+        model=name, prompt='The rain', max_tokens=60, temperature=0.9, top_p=0.95, seed=11, n=3
+    )
     answer = client.completions.create(**options)
     assert [choice.text for choice in answer.choices] == expected
     assert {choice.finish_reason for choice in answer.choices} <= {'stop', 'length'}
-    assert answer.usage.prompt_tokens == len(prompt) and answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert (
+        answer.usage.prompt_tokens == len(prompt)
+        and answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    )
     texts, ends, usage = ['', '', ''], [], None
-    for chunk in client.completions.create(**options, stream=True, stream_options={'include_usage': True}):
+    for chunk in client.completions.create(
+        **options, stream=True, stream_options={'include_usage': True}
+    ):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             ends += [choice.finish_reason] if choice.finish_reason else []
@@ -120,43 +157,80 @@ def test_prompts_of_every_kind(client, name, trained):
     ids = [tokenizer.eot] + tokenizer.encode('The rain')
     options = dict(model=name, max_tokens=12, seed=5, extra_body={'top_k': 50})
     (text,) = [c.text for c in client.completions.create(prompt='The rain', **options).choices]
-    (next_text,) = [c.text for c in client.completions.create(prompt='The rain', **options | {'seed': 6}).choices]
+    (next_text,) = [
+        c.text
+        for c in client.completions.create(prompt='The rain', **options | {'seed': 6}).choices
+    ]
     both = client.completions.create(prompt=['The rain', 'A stone'], **options).choices
     assert [c.index for c in both] == [0, 1] and both[0].text == text != both[1].text
     assert client.completions.create(prompt=ids, **options).choices[0].text == text
-    assert [c.text for c in client.completions.create(prompt=[ids, ids], **options).choices] == [text, next_text]
+    assert [c.text for c in client.completions.create(prompt=[ids, ids], **options).choices] == [
+        text,
+        next_text,
+    ]
     echoed = client.completions.create(prompt='The rain', echo=True, **options).choices[0].text
     assert echoed == 'The rain' + text
     begun = client.completions.create(prompt='', **options).choices[0].text
     assert client.completions.create(prompt=None, **options).choices[0].text == begun
     stop = text[4:6]
-    stopped = client.completions.create(prompt='The rain', stop=[stop, 'never'], **options).choices[0]
+    stopped = client.completions.create(prompt='The rain', stop=[stop, 'never'], **options).choices[
+        0
+    ]
     assert stopped.text == text[: text.find(stop)] and stopped.finish_reason == 'stop'
-    head = client.completions.create(prompt='', model=name, max_tokens=1, echo=True, extra_body={'title': 'Rain', 'artist': 'Mud'}).choices[0].text
+    head = (
+        client.completions.create(
+            prompt='',
+            model=name,
+            max_tokens=1,
+            echo=True,
+            extra_body={'title': 'Rain', 'artist': 'Mud'},
+        )
+        .choices[0]
+        .text
+    )
     assert head.startswith('Artist: Mud\nTitle: Rain\n\n')
 
 
 def test_logprobs_score_a_prompt(client, name, trained):
     """As evaluation harnesses ask: nothing written, the prompt's own probabilities; those of one forward pass."""
     path, state = checkpoint.load_from(str(trained))
-    model, tokenizer = checkpoint.build_model(state, path, dropout=0.0).eval(), checkpoint.tokenizer_of(state)
+    model, tokenizer = (
+        checkpoint.build_model(state, path, dropout=0.0).eval(),
+        checkpoint.tokenizer_of(state),
+    )
     prompt = 'The rain on the stone'
-    told = client.completions.create(model=name, prompt=prompt, max_tokens=0, echo=True, logprobs=2).choices[0]
+    told = client.completions.create(
+        model=name, prompt=prompt, max_tokens=0, echo=True, logprobs=2
+    ).choices[0]
     ids = [tokenizer.eot] + tokenizer.encode(prompt)
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
     assert told.text == ''.join(told.logprobs.tokens) == prompt
-    assert told.logprobs.token_logprobs == pytest.approx([float(expected[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4)
-    assert {len(top) for top in told.logprobs.top_logprobs} == {2, 3} and told.logprobs.text_offset == list(range(len(prompt)))
-    listed = client.completions.create(model=name, prompt=[prompt], max_tokens=0, echo=True, logprobs=2).choices[0]
-    assert listed == told and all(token in top for token, top in zip(told.logprobs.tokens, told.logprobs.top_logprobs))
-    written = client.completions.create(model=name, prompt=prompt, max_tokens=5, logprobs=0).choices[0]
+    assert told.logprobs.token_logprobs == pytest.approx(
+        [float(expected[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4
+    )
+    assert {len(top) for top in told.logprobs.top_logprobs} == {
+        2,
+        3,
+    } and told.logprobs.text_offset == list(range(len(prompt)))
+    listed = client.completions.create(
+        model=name, prompt=[prompt], max_tokens=0, echo=True, logprobs=2
+    ).choices[0]
+    assert listed == told and all(
+        token in top for token, top in zip(told.logprobs.tokens, told.logprobs.top_logprobs)
+    )
+    written = client.completions.create(
+        model=name, prompt=prompt, max_tokens=5, logprobs=0
+    ).choices[0]
     assert ''.join(written.logprobs.tokens) == written.text and written.logprobs.text_offset[0] == 0
 
 
 def test_requests_share_the_model_and_seeds_hold(server):
     """Twelve clients at once, more than the places, get to the letter what each gets alone."""
-    asked = [dict(prompt='The ' + 'rain ' * (i % 5), max_tokens=20 + 7 * i, seed=i, temperature=1.0) for i in range(12)]
+    asked = [
+        dict(prompt='The ' + 'rain ' * (i % 5), max_tokens=20 + 7 * i, seed=i, temperature=1.0)
+        for i in range(12)
+    ]
     alone = [complete(server, **ask).json()['choices'][0]['text'] for ask in asked]
     together = [''] * len(asked)
 
@@ -176,14 +250,23 @@ def test_copying_is_told_and_avoided(server, client, name, chars):
     index = originality.Index.open(str(chars))
     assert client.models.list().data[0].originality is True
     options = dict(model=name, prompt='The', max_tokens=200, temperature=0.3, n=3, seed=1)
-    plain = client.completions.create(**options, echo=True, extra_body={'originality': True}).choices
+    plain = client.completions.create(
+        **options, echo=True, extra_body={'originality': True}
+    ).choices
     for choice in plain:
         assert choice.originality == dataclasses.asdict(index.compare(choice.text, since=3))
     assert max(choice.originality['longest'] for choice in plain) >= 2
-    new = client.completions.create(**options, extra_body={'originality': True, 'avoid_copying': 2}).choices
+    new = client.completions.create(
+        **options, extra_body={'originality': True, 'avoid_copying': 2}
+    ).choices
     assert all(choice.originality['longest'] < 2 for choice in new)
-    *_, last = client.completions.create(**options | {'n': 1}, stream=True, extra_body={'originality': True})
-    moved = [run | {k: max(0, run[k] - 3) for k in ('start', 'end')} for run in plain[0].originality['runs']]  # without the echo
+    *_, last = client.completions.create(
+        **options | {'n': 1}, stream=True, extra_body={'originality': True}
+    )
+    moved = [
+        run | {k: max(0, run[k] - 3) for k in ('start', 'end')}
+        for run in plain[0].originality['runs']
+    ]  # without the echo
     assert last.choices[0].originality == plain[0].originality | {'runs': moved}
 
 
@@ -192,7 +275,9 @@ def test_copying_is_told_and_avoided(server, client, name, chars):
 
 
 def test_who_hangs_up_frees_the_place(server, client, name):
-    stream = client.completions.create(model=name, prompt='x', max_tokens=3000, n=4, stream=True, seed=1)
+    stream = client.completions.create(
+        model=name, prompt='x', max_tokens=3000, n=4, stream=True, seed=1
+    )
     next(iter(stream))
     assert not idle(server, 0.1)
     stream.close()
@@ -203,9 +288,16 @@ def test_who_hangs_up_frees_the_place(server, client, name):
 
 
 def test_too_many_are_told_to_come_back(server, client, name):
-    streams = [client.completions.create(model=name, prompt='x', max_tokens=3000, n=n, stream=True) for n in (4, 8)]
+    streams = [
+        client.completions.create(model=name, prompt='x', max_tokens=3000, n=n, stream=True)
+        for n in (4, 8)
+    ]
     refused = complete(server, prompt='x', n=2)
-    assert refused.status_code == 503 and refused.headers['Retry-After'] and refused.json()['error']['code'] == 'server_overloaded'
+    assert (
+        refused.status_code == 503
+        and refused.headers['Retry-After']
+        and refused.json()['error']['code'] == 'server_overloaded'
+    )
     for stream in streams:
         stream.close()
     assert idle(server) and complete(server, prompt='x').status_code == 200
@@ -214,12 +306,21 @@ def test_too_many_are_told_to_come_back(server, client, name):
 @pytest.mark.long
 def test_sixty_four_clients_for_a_minute(trained):
     """No error, nobody starved, every answer that of the same request alone, and no memory lost."""
-    ask = [dict(prompt='The ' + 'rain ' * (i % 5), max_tokens=100 + i, temperature=1.0, seed=i) for i in range(64)]
+    ask = [
+        dict(prompt='The ' + 'rain ' * (i % 5), max_tokens=100 + i, temperature=1.0, seed=i)
+        for i in range(64)
+    ]
     with serving(trained) as address:
         port = int(address.rsplit(':', 1)[1])
         alone = [complete(address, **fields).json()['choices'][0]['text'] for fields in ask]
         asyncio.run(bench.load(port, ask, alone, 15))  # until every buffer has its size
-        pid = int(subprocess.run(['pgrep', '-f', f'lyregpt/serve.py --out_dir={trained}'], capture_output=True, text=True).stdout.split()[0])
+        pid = int(
+            subprocess.run(
+                ['pgrep', '-f', f'lyregpt/serve.py --out_dir={trained}'],
+                capture_output=True,
+                text=True,
+            ).stdout.split()[0]
+        )
         before = bench.resident(pid)
         figures = asyncio.run(bench.load(port, ask, alone, 60))
         print(figures, bench.resident(pid) - before)
@@ -268,43 +369,83 @@ def test_sixty_four_clients_for_a_minute(trained):
     ],
 )
 def test_a_mistake_is_named(server, fields, status, says):
-    answer = requests.post(server + '/v1/completions', data=json.dumps(fields), headers={'Content-Type': 'application/json'}, timeout=30)
+    answer = requests.post(
+        server + '/v1/completions',
+        data=json.dumps(fields),
+        headers={'Content-Type': 'application/json'},
+        timeout=30,
+    )
     assert answer.status_code == status and says in answer.json()['error']['message']
     assert set(answer.json()['error']) == {'message', 'type', 'param', 'code'}
 
 
 def test_broken_requests(server):
     def post(data, **headers):
-        return requests.post(server + '/v1/completions', data=data, headers={'Content-Type': 'application/json'} | headers, timeout=30)
+        return requests.post(
+            server + '/v1/completions',
+            data=data,
+            headers={'Content-Type': 'application/json'} | headers,
+            timeout=30,
+        )
 
-    assert post('{"prompt"').status_code == 400 and 'JSON' in post('{"prompt"').json()['error']['message']
+    assert (
+        post('{"prompt"').status_code == 400
+        and 'JSON' in post('{"prompt"').json()['error']['message']
+    )
     assert post(b'\xff\xfe\x00').status_code == 400
     assert post('[' * 50000).status_code == 400
     assert post('{"prompt": "\\ud800"}').status_code in (200, 400)
     assert post('{"model": "\\ud800"}').status_code in (400, 404)
-    assert requests.post(server + '/v1/completions', data='{}', timeout=30).status_code == 400  # no JSON by its type: other sites' forms send such
+    assert (
+        requests.post(server + '/v1/completions', data='{}', timeout=30).status_code == 400
+    )  # no JSON by its type: other sites' forms send such
     assert post('x' * 200_000).status_code == 413
-    assert post(iter([b'x' * 60_000] * 4)).status_code == 413  # in chunks that do not say how many there are
+    assert (
+        post(iter([b'x' * 60_000] * 4)).status_code == 413
+    )  # in chunks that do not say how many there are
     assert requests.get(server + '/v1/completions', timeout=30).status_code == 405
-    assert requests.get(server + '/nothing', timeout=30).json()['error']['type'] == 'not_found_error'
+    assert (
+        requests.get(server + '/nothing', timeout=30).json()['error']['type'] == 'not_found_error'
+    )
     foreign = requests.get(server + '/health', headers={'Host': 'evil.example'}, timeout=30)
     assert foreign.status_code == 400 and foreign.json()['error']['code'] == 'invalid_host'
     for items in ('{}', '[]', '1.5'):  # as many mistakes as there is room for: one is told, at once
         began = time.monotonic()
-        assert post(f'{{"prompt": [{",".join([items] * 24_000)}]}}').status_code == 400 and time.monotonic() - began < 1
+        assert (
+            post(f'{{"prompt": [{",".join([items] * 24_000)}]}}').status_code == 400
+            and time.monotonic() - began < 1
+        )
     assert complete(server, prompt='The').status_code == 200
 
 
 def test_no_path_reaches_the_file_system(server, trained, tmp_path):
     (tmp_path / 'metrics.csv').write_text('step\n1\n')
-    for path in ('../../etc/passwd', '..%2f..%2fetc%2fpasswd', str(tmp_path), '%2e%2e', 'metrics.csv', '', '\0'):
-        with socket.create_connection(('127.0.0.1', int(server.rsplit(':', 1)[1])), timeout=10) as raw:  # no client that tidies the path
-            raw.sendall(f'GET /runs/{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'.encode())
+    for path in (
+        '../../etc/passwd',
+        '..%2f..%2fetc%2fpasswd',
+        str(tmp_path),
+        '%2e%2e',
+        'metrics.csv',
+        '',
+        '\0',
+    ):
+        with socket.create_connection(
+            ('127.0.0.1', int(server.rsplit(':', 1)[1])), timeout=10
+        ) as raw:  # no client that tidies the path
+            raw.sendall(
+                f'GET /runs/{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'.encode()
+            )
             assert raw.makefile('rb').readline().split()[1] in (b'404', b'400', b'307'), path
     secret = tmp_path / 'secret'
     secret.write_text('The rain')
-    answer = complete(server, prompt=f'FILE:{secret}', max_tokens=1, echo=True).json()  # sample.py's way to name a file
-    assert 'character' in answer['error']['message'] if 'error' in answer else answer['choices'][0]['text'].startswith('FILE:')
+    answer = complete(
+        server, prompt=f'FILE:{secret}', max_tokens=1, echo=True
+    ).json()  # sample.py's way to name a file
+    assert (
+        'character' in answer['error']['message']
+        if 'error' in answer
+        else answer['choices'][0]['text'].startswith('FILE:')
+    )
 
 
 def test_broken_runs(tmp_path):
@@ -327,15 +468,30 @@ def test_broken_runs(tmp_path):
     with open(os.fsencode(tmp_path) + b'/\xff/metrics.csv', 'w', encoding='utf-8') as f:
         f.write(rows)
     with serving('', f'--runs_dir={tmp_path}') as address:
-        told = {run['name']: run['step'] for run in requests.get(address + '/runs', timeout=10).json()['runs']}
-        assert {name for name, step in told.items() if step == 10} == {'good', 'zeros', 'latin', 'half', '?'} and told['nan'] == 20
-        assert [requests.get(f'{address}/runs/{name}', timeout=10).status_code for name in ('zeros', 'nan', 'folder')] == [200, 200, 404]
+        told = {
+            run['name']: run['step']
+            for run in requests.get(address + '/runs', timeout=10).json()['runs']
+        }
+        assert {name for name, step in told.items() if step == 10} == {
+            'good',
+            'zeros',
+            'latin',
+            'half',
+            '?',
+        } and told['nan'] == 20
+        assert [
+            requests.get(f'{address}/runs/{name}', timeout=10).status_code
+            for name in ('zeros', 'nan', 'folder')
+        ] == [200, 200, 404]
 
 
 def test_the_runs(server, trained):
     (run,) = requests.get(server + '/runs', timeout=30).json()['runs']
     assert run['name'] == trained.name and run['step'] == 60 and run['val_loss'] > 0
-    assert requests.get(f'{server}/runs/{trained.name}', timeout=30).json()['columns']['step'][-1] == 60
+    assert (
+        requests.get(f'{server}/runs/{trained.name}', timeout=30).json()['columns']['step'][-1]
+        == 60
+    )
 
 
 def test_schemathesis_finds_no_500(server, tmp_path):
@@ -350,7 +506,14 @@ def test_schemathesis_finds_no_500_in_thousands(server, tmp_path):
 
 def fuzz(server, folder, phases, examples):
     pytest.importorskip('schemathesis')
-    command = ['run', server + '/openapi.json', '--checks=not_a_server_error', f'--max-examples={examples}', '--seed=1', f'--phases={phases}']
+    command = [
+        'run',
+        server + '/openapi.json',
+        '--checks=not_a_server_error',
+        f'--max-examples={examples}',
+        '--seed=1',
+        f'--phases={phases}',
+    ]
     done = script('-m', 'schemathesis.cli', *command, cwd=folder, timeout=3000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert requests.get(server + '/health', timeout=30).json()['status'] == 'ok'
@@ -364,14 +527,24 @@ def test_key_and_end(trained):
     """Without the key there is nothing but the page and /health; Ctrl-C ends streams and the program."""
     starting = serving(trained, LYREGPT_API_KEY='open sesame')
     with starting as address:
-        assert requests.get(address + '/health', timeout=10).ok and requests.get(address, timeout=10).ok
+        assert (
+            requests.get(address + '/health', timeout=10).ok
+            and requests.get(address, timeout=10).ok
+        )
         for path in ('/v1/models', '/runs', '/runs/x'):
             assert requests.get(address + path, timeout=10).status_code == 401
-        assert requests.post(address + '/v1/completions', data='{broken', timeout=10).status_code == 401
+        assert (
+            requests.post(address + '/v1/completions', data='{broken', timeout=10).status_code
+            == 401
+        )
         with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=address + '/v1', api_key='wrong', max_retries=0).completions.create(model='x', prompt='x')
+            openai.OpenAI(
+                base_url=address + '/v1', api_key='wrong', max_retries=0
+            ).completions.create(model='x', prompt='x')
         friend = openai.OpenAI(base_url=address + '/v1', api_key='open sesame', max_retries=0)
-        stream = friend.completions.create(model=trained.name, prompt='x', max_tokens=4000, n=8, stream=True)
+        stream = friend.completions.create(
+            model=trained.name, prompt='x', max_tokens=4000, n=8, stream=True
+        )
         next(iter(stream))
         starting.process.send_signal(signal.SIGINT)
         assert starting.process.wait(15) in (130, -signal.SIGINT)
@@ -381,11 +554,22 @@ def test_wrong_starts(trained, tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
-        done = script('-m', 'lyregpt', 'serve', f'--out_dir={trained}', f'--port={taken.getsockname()[1]}')
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'choose another --port' in done.stderr
-    for words, says in ((f'--out_dir={tmp_path}/none', 'no such folder'), ('--port=70000', '65535')):
+        done = script(
+            '-m', 'lyregpt', 'serve', f'--out_dir={trained}', f'--port={taken.getsockname()[1]}'
+        )
+        assert (
+            done.returncode == 2
+            and len(done.stderr.splitlines()) == 1
+            and 'choose another --port' in done.stderr
+        )
+    for words, says in (
+        (f'--out_dir={tmp_path}/none', 'no such folder'),
+        ('--port=70000', '65535'),
+    ):
         done = script('-m', 'lyregpt', 'serve', words)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+        assert (
+            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr
+        ), done.stderr
 
 
 def test_watching_alone(tmp_path):

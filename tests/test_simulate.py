@@ -13,14 +13,23 @@ sys.path.insert(0, os.path.join(ROOT, 'docs', 'concepts'))
 import simulate  # noqa: E402
 from simulate import Run, errors, flops_per_token, memory, num_params, ring_bytes, step_time  # noqa: E402
 
-LLAMA = dict(arch='modern', n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_ff=2816, vocab_size=32000)
+LLAMA = dict(
+    arch='modern', n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_ff=2816, vocab_size=32000
+)
 
 
 WIDE = LLAMA | dict(head_dim=96)
 
 
 @pytest.mark.parametrize(
-    'run, config', [(Run(), GPTConfig()), *((Run(**shape, swiglu=True, tie_weights=False), GPTConfig(**shape)) for shape in (LLAMA, WIDE))]
+    'run, config',
+    [
+        (Run(), GPTConfig()),
+        *(
+            (Run(**shape, swiglu=True, tie_weights=False), GPTConfig(**shape))
+            for shape in (LLAMA, WIDE)
+        ),
+    ],
 )
 def test_counts_are_the_models_own(run, config):
     with torch.device('meta'):
@@ -28,10 +37,21 @@ def test_counts_are_the_models_own(run, config):
     assert sum(num_params(run).values()) == model.num_params()
     assert flops_per_token(run) == model.flops_per_token()
     parts = memory(run)
-    assert parts['weights'] == parts['gradients'] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (
+        parts['weights']
+        == parts['gradients']
+        == sum(p.numel() * p.element_size() for p in model.parameters())
+    )
     assert parts['optimizer'] == 2 * parts['weights']
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('transformer.h.'))
-    assert memory(Run(**vars(run) | {'optimizer': 'muon'}))['optimizer'] == 8 * model.num_params() - 4 * matrices
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and name.startswith('transformer.h.')
+    )
+    assert (
+        memory(Run(**vars(run) | {'optimizer': 'muon'}))['optimizer']
+        == 8 * model.num_params() - 4 * matrices
+    )
 
 
 @pytest.mark.parametrize('n', [2, 3, 8])
@@ -55,8 +75,18 @@ def test_with_more_gpus_only_communication_grows(parallel, optimizer):
     """The same windows for each GPU: compute stays, and what a step loses stands under exposed, slowed or Muon's all-to-all."""
     before = None
     for gpus in (1, 2, 8, 16, 64, 512, 1024):
-        t = step_time(Run(gpus=gpus, micro_batch=8, tokens_per_step=gpus * 16384, parallel=parallel, optimizer=optimizer))
-        assert t['step'] == pytest.approx(t['compute'] + t['exposed'] + t['slowed'] + t['optimizer'])
+        t = step_time(
+            Run(
+                gpus=gpus,
+                micro_batch=8,
+                tokens_per_step=gpus * 16384,
+                parallel=parallel,
+                optimizer=optimizer,
+            )
+        )
+        assert t['step'] == pytest.approx(
+            t['compute'] + t['exposed'] + t['slowed'] + t['optimizer']
+        )
         assert 0 <= t['exposed'] <= t['wire'] * (1 + 1e-9)
         if before:
             assert t['compute'] == pytest.approx(before['compute'])

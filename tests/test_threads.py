@@ -17,7 +17,13 @@ from lyregpt import checkpoint, threads
 from tests.conftest import ROOT, mistake, script, tiny
 from train import main, train
 
-ENTRY_POINTS = ('examples/seq2seq/train_seq2seq.py', 'lyregpt/api.py', 'sample.py', 'lyregpt/serve.py', 'train.py')
+ENTRY_POINTS = (
+    'examples/seq2seq/train_seq2seq.py',
+    'lyregpt/api.py',
+    'sample.py',
+    'lyregpt/serve.py',
+    'train.py',
+)
 
 
 @pytest.fixture

@@ -66,7 +66,15 @@ def test_fuzzed_round_trip(of_bytes):
     dice = random.Random(0)
     for _ in range(300):
         text = ''.join(
-            chr(dice.choice([dice.randrange(32, 127), dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)]))
+            chr(
+                dice.choice(
+                    [
+                        dice.randrange(32, 127),
+                        dice.randrange(0xD800),
+                        dice.randrange(0xE000, 0x110000),
+                    ]
+                )
+            )
             for _ in range(dice.randrange(30))
         )
         assert of_bytes.decode(of_bytes.encode(text)) == text
@@ -79,7 +87,9 @@ def test_streamed_text_is_the_decoded_text(of_bytes):
     assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces) and step(None) == ''
     rng = random.Random(1)
     for _ in range(300):  # whatever the bytes, also when they end within a character
-        ids = [i for c in rng.choices('aé日🦇', k=4) for i in of_bytes.encode(c)[: rng.randint(1, 4)]]
+        ids = [
+            i for c in rng.choices('aé日🦇', k=4) for i in of_bytes.encode(c)[: rng.randint(1, 4)]
+        ]
         assert ''.join(map(step, [*ids, None])) == of_bytes.decode(ids)
 
 
@@ -137,14 +147,22 @@ def test_char_names_the_unknown_character():
     tokenizer = CharTokenizer.train(['abc\n'])
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) at line 2, column 3"):
         tokenizer.encode('abc\nabé')
-    assert tokenizer.decode(tokenizer.encode('cab\n')) == 'cab\n' and tokenizer.eot == 4 and tokenizer.vocab_size == 5
+    assert (
+        tokenizer.decode(tokenizer.encode('cab\n')) == 'cab\n'
+        and tokenizer.eot == 4
+        and tokenizer.vocab_size == 5
+    )
     lenient = CharTokenizer.train(['abc'], special=(EOT, UNK))
     assert lenient.encode('aéc') == [0, lenient.unk, 2] and UNK in lenient.decode([0, lenient.unk])
 
 
 def test_normalization():
-    tokenizer = CharTokenizer.train(['Hail  THE\t rain \r\n\n\n\nnow'], lowercase=True, squeeze=True)
-    assert tokenizer.decode(tokenizer.encode('HAIL   the\train \n\n\n\nNOW')) == 'hail the rain\n\nnow'
+    tokenizer = CharTokenizer.train(
+        ['Hail  THE\t rain \r\n\n\n\nnow'], lowercase=True, squeeze=True
+    )
+    assert (
+        tokenizer.decode(tokenizer.encode('HAIL   the\train \n\n\n\nNOW')) == 'hail the rain\n\nnow'
+    )
     assert from_state(tokenizer.state()).encode('HAIL') == tokenizer.encode('hail')
 
 
@@ -152,8 +170,12 @@ def test_gpt2_equals_tiktoken_and_needs_no_file():
     tiktoken = pytest.importorskip('tiktoken')
     ours, theirs = gpt2(), tiktoken.get_encoding('gpt2')
     text = DEMO.read_text(encoding='utf-8')
-    assert ours.encode(text) == theirs.encode_ordinary(text) and ours.decode(ours.encode(text)) == text
-    assert [a.tolist() for a in ours.encode_batch(UNICODE)] == [theirs.encode_ordinary(t) for t in UNICODE]
+    assert (
+        ours.encode(text) == theirs.encode_ordinary(text) and ours.decode(ours.encode(text)) == text
+    )
+    assert [a.tolist() for a in ours.encode_batch(UNICODE)] == [
+        theirs.encode_ordinary(t) for t in UNICODE
+    ]
     assert ours.eot == 50256 and load('gpt2').vocab_size == 50257
 
 
@@ -162,7 +184,9 @@ def test_the_byte_table_is_gpt2s():
     engine = gpt2()
     own = BPETokenizer.train(['aa'], 257)
     for b in range(256):
-        assert own.token_bytes(own._engine.token_to_id(__import__('lyregpt.tokenizer').tokenizer.bytes_to_unicode()[b])) == bytes([b])
+        assert own.token_bytes(
+            own._engine.token_to_id(__import__('lyregpt.tokenizer').tokenizer.bytes_to_unicode()[b])
+        ) == bytes([b])
         assert engine._engine.encode_single_token(bytes([b])) < 256
 
 
@@ -170,10 +194,25 @@ def test_save_and_load(tmp_path, bpe, wordpiece):
     for tokenizer in bpe, wordpiece, CharTokenizer.train(['abc'], special=()):
         path = str(tmp_path / 't.json')
         tokenizer.save(path)
-        assert load(path).state() == tokenizer.state() == from_state(json.loads(json.dumps(tokenizer.state()))).state()
+        assert (
+            load(path).state()
+            == tokenizer.state()
+            == from_state(json.loads(json.dumps(tokenizer.state()))).state()
+        )
 
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{"kind": "unigram"}', '{"kind": "wordpiece"}', '{"kind": "char"}', '{"kind": "bpe", "model": {}}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        '{',
+        '[]',
+        '{"kind": "unigram"}',
+        '{"kind": "wordpiece"}',
+        '{"kind": "char"}',
+        '{"kind": "bpe", "model": {}}',
+    ],
+)
 def test_foreign_files(tmp_path, text):
     (tmp_path / 't.json').write_text(text)
     with pytest.raises(UserError, match='t.json|tokenizer'):
@@ -193,8 +232,25 @@ def test_bad_sizes_and_ids(bpe):
 def test_from_the_shell(tmp_path, demo_text, kind):
     (tmp_path / 'songs.txt').write_text(demo_text, encoding='utf-8')
     out = tmp_path / 't.json'
-    assert script('-m', 'lyregpt', 'tokenizer', 'train', tmp_path / 'songs.txt', f'--kind={kind}', '--vocab_size=500', f'--out={out}').returncode == 0
-    ids = script('-m', 'lyregpt', 'tokenizer', 'encode', f'--tokenizer={out}', 'Hail the näin').stdout.split()
-    assert script('-m', 'lyregpt', 'tokenizer', 'decode', f'--tokenizer={out}', *ids).stdout == 'Hail the näin'
+    assert (
+        script(
+            '-m',
+            'lyregpt',
+            'tokenizer',
+            'train',
+            tmp_path / 'songs.txt',
+            f'--kind={kind}',
+            '--vocab_size=500',
+            f'--out={out}',
+        ).returncode
+        == 0
+    )
+    ids = script(
+        '-m', 'lyregpt', 'tokenizer', 'encode', f'--tokenizer={out}', 'Hail the näin'
+    ).stdout.split()
+    assert (
+        script('-m', 'lyregpt', 'tokenizer', 'decode', f'--tokenizer={out}', *ids).stdout
+        == 'Hail the näin'
+    )
     wrong = script('-m', 'lyregpt', 'tokenizer', 'encode', '--tokenizer=missing.json', 'x')
     assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1

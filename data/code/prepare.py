@@ -19,7 +19,16 @@ sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
 from lyregpt.dataset import Piece, choose_tokenizer, find_files, shown, write_dataset  # noqa: E402
 
-NOT_THEIRS = {'site-packages', 'dist-packages', '_vendor', 'vendor', '_vendored', 'vendored', 'third_party', 'extern'}  # copies of other packages
+NOT_THEIRS = {
+    'site-packages',
+    'dist-packages',
+    '_vendor',
+    'vendor',
+    '_vendored',
+    'vendored',
+    'third_party',
+    'extern',
+}  # copies of other packages
 SHARE = 50  # no package gives more than this part of the whole: the large ones would leave no room for the many
 
 
@@ -27,11 +36,15 @@ SHARE = 50  # no package gives more than this part of the whole: the large ones 
 class PrepareConfig:
     """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
 
-    input: list[str] | None = None  # folders and .py files instead, as in --input=my_project/,thing.py
+    input: list[str] | None = (
+        None  # folders and .py files instead, as in --input=my_project/,thing.py
+    )
     out_dir: str = shown(HERE)  # where the token files go; data/NAME makes it --dataset=NAME
     max_bytes: int = 20_000_000  # take so much at most
     tokenizer: str = 'bpe'  # bpe or wordpiece (trained on these sources), char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = 4096  # for bpe and wordpiece: enough for the common names, and small beside a small model
+    vocab_size: int = (
+        4096  # for bpe and wordpiece: enough for the common names, and small beside a small model
+    )
     val_fraction: float = 0.1  # share kept for validation: whole packages, or single files if there are fewer than 20 packages
     seed: int = 1337  # of the order in which packages and files are taken
     offline: bool = False  # download nothing (this script never does, but for GPT-2's tokens)
@@ -47,7 +60,11 @@ def main() -> None:
     """Write the token files."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     paths = sysconfig.get_paths()
-    roots = config.input or list(dict.fromkeys(p for p in (paths['stdlib'], paths['purelib'], paths['platlib']) if os.path.isdir(p)))
+    roots = config.input or list(
+        dict.fromkeys(
+            p for p in (paths['stdlib'], paths['purelib'], paths['platlib']) if os.path.isdir(p)
+        )
+    )
     files = choose_files(group_files(roots), config.max_bytes, config.seed)
     wanted = config.val_fraction * sum(size for _, sizes in files for _, size in sizes)
 
@@ -58,8 +75,14 @@ def main() -> None:
                 yield 'val' if seen < wanted else 'train', read_source(path), True
             seen += sum(size for _, size in sizes)
 
-    tokenizer = choose_tokenizer(config.tokenizer, lambda: (text for _, text, _ in pieces()), config.vocab_size)
-    source = ', '.join(config.input) if config.input else f'Python {sys.version.split()[0]} and its installed packages'
+    tokenizer = choose_tokenizer(
+        config.tokenizer, lambda: (text for _, text, _ in pieces()), config.vocab_size
+    )
+    source = (
+        ', '.join(config.input)
+        if config.input
+        else f'Python {sys.version.split()[0]} and its installed packages'
+    )
     write_dataset(config.out_dir, pieces(), tokenizer, source=source)
 
 
@@ -68,36 +91,52 @@ def group_files(roots: list[str]) -> dict[str, list[tuple[str, str]]]:
     found = defaultdict(list)
     for root in roots:
         for path in find_files([root], ('.py',)):
-            parts = os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(path)).split(os.sep)
+            parts = os.path.relpath(
+                path, root if os.path.isdir(root) else os.path.dirname(path)
+            ).split(os.sep)
             if path.endswith('.py') and not NOT_THEIRS & set(parts[:-1]):
                 found[parts[0].removesuffix('.py')].append(('/'.join(parts), path))
     if len(found) < 20:  # numbered, for files of two roots may have one name
-        return {f'{package} {number}': [file] for package, files in found.items() for number, file in enumerate(files)}
+        return {
+            f'{package} {number}': [file]
+            for package, files in found.items()
+            for number, file in enumerate(files)
+        }
     return found
 
 
-def choose_files(groups: dict[str, list[tuple[str, str]]], max_bytes: int, seed: int) -> list[tuple[str, list[tuple[str, int]]]]:
+def choose_files(
+    groups: dict[str, list[tuple[str, str]]], max_bytes: int, seed: int
+) -> list[tuple[str, list[tuple[str, int]]]]:
     """(package, [(path, bytes)]) in an order drawn by the seed, `max_bytes` at most in all; what `read_source` refuses, and copies, are left out.
 
     The order depends on names alone, so the same machine gives the same dataset. Raises UserError if nothing is left.
     """
 
     def drawn(name: str) -> bytes:
-        return hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), key=str(seed).encode()).digest()
+        return hashlib.blake2b(
+            name.encode('utf-8', 'surrogatepass'), key=str(seed).encode()
+        ).digest()
 
     chosen, seen, total = [], set(), 0
     for package in sorted(groups, key=drawn):
         files, room = [], max_bytes if len(groups[package]) == 1 else max_bytes // SHARE
         for _, path in sorted(groups[package], key=lambda file: drawn(file[0])):
             size = os.path.getsize(path)
-            if size <= min(room, max_bytes - total) and (text := read_source(path)) and (digest := drawn(text)) not in seen:
+            if (
+                size <= min(room, max_bytes - total)
+                and (text := read_source(path))
+                and (digest := drawn(text)) not in seen
+            ):
                 seen.add(digest)
                 files.append((path, size))
                 room, total = room - size, total + size
         if files:
             chosen.append((package, files))
     if not chosen:
-        raise UserError(f'no Python source of use below max_bytes={max_bytes:,}: see data/code/readme.md for what is left out')
+        raise UserError(
+            f'no Python source of use below max_bytes={max_bytes:,}: see data/code/readme.md for what is left out'
+        )
     return chosen
 
 
@@ -110,10 +149,18 @@ def read_source(path: str) -> str:
     try:
         with tokenize.open(path) as f:
             text = f.read()
-    except (SyntaxError, UnicodeDecodeError, OSError):  # an unknown or a wrong encoding; a file that is not ours to read
+    except (
+        SyntaxError,
+        UnicodeDecodeError,
+        OSError,
+    ):  # an unknown or a wrong encoding; a file that is not ours to read
         return ''
     lengths = [len(line) for line in text.splitlines()] or [0]
-    return text if re.search(r'\S', text) and max(lengths) <= 1000 and sum(lengths) <= 100 * len(lengths) else ''
+    return (
+        text
+        if re.search(r'\S', text) and max(lengths) <= 1000 and sum(lengths) <= 100 * len(lengths)
+        else ''
+    )
 
 
 if __name__ == '__main__':

@@ -30,7 +30,9 @@ class PrepareConfig:
 
     input: str = ''  # JSON Lines, one song each; '': lyrics.jsonl beside this file if there is one, else demo.jsonl
     out_dir: str = shown(HERE)  # where the token files go
-    tokenizer: str = 'bpe'  # bpe, wordpiece, char, gpt2, or a tokenizer.json or meta.json to use again
+    tokenizer: str = (
+        'bpe'  # bpe, wordpiece, char, gpt2, or a tokenizer.json or meta.json to use again
+    )
     vocab_size: int = 4096  # for bpe and wordpiece: enough that most common words are one token
     lowercase: bool = False  # turn all words to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
@@ -60,12 +62,22 @@ def main() -> None:
                 raise UserError(f'{path}, song {number}: no lyrics in it')
             if wanted and str(song.get('artist', '')).casefold() not in wanted:
                 continue
-            if re.sub(r'\[[^\]]*\]', '', words).strip():  # an instrumental has nothing to learn from
+            if re.sub(
+                r'\[[^\]]*\]', '', words
+            ).strip():  # an instrumental has nothing to learn from
                 head = song_head(*(song.get(key) for key in ('artist', 'album', 'year', 'title')))
-                yield pick_split(words, config.val_fraction, config.seed), head + words.strip() + '\n', True
+                yield (
+                    pick_split(words, config.val_fraction, config.seed),
+                    head + words.strip() + '\n',
+                    True,
+                )
 
     tokenizer = choose_tokenizer(
-        config.tokenizer, lambda: (text for _, text, _ in songs()), config.vocab_size, lowercase=config.lowercase, squeeze=config.squeeze
+        config.tokenizer,
+        lambda: (text for _, text, _ in songs()),
+        config.vocab_size,
+        lowercase=config.lowercase,
+        squeeze=config.squeeze,
     )
     write_dataset(config.out_dir, songs(), tokenizer, os.path.getsize(path), source=shown(path))
 

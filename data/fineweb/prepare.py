@@ -25,7 +25,9 @@ from lyregpt.dataset import WAITS, find_files, read_jsonl, read_stream, shown, w
 from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 KEPT = 'the finished shards are kept, and the same command goes on behind them'
-Documents = Generator[tuple[str, Any], None, None]  # (text, place behind it): a stream opened at that place goes on with the next
+Documents = Generator[
+    tuple[str, Any], None, None
+]  # (text, place behind it): a stream opened at that place goes on with the next
 
 
 @dataclass
@@ -35,7 +37,9 @@ class PrepareConfig:
     # What is read
     dataset: str = 'HuggingFaceFW/fineweb-edu'  # on the Hugging Face hub; HuggingFaceFW/fineweb is the one that is not chosen for teaching
     name: str = 'sample-10BT'  # its subset: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10 and the like, or default (all)
-    revision: str = ''  # its commit; '': the newest when the preparation begins, and that one to its end
+    revision: str = (
+        ''  # its commit; '': the newest when the preparation begins, and that one to its end
+    )
     input: str = ''  # your own copy instead: a file or folder of .jsonl or .parquet with a text field, or of datatrove's .ds
     offline: bool = False  # download nothing
     # What is written
@@ -50,30 +54,44 @@ class PrepareConfig:
         if i >= n:
             raise ValueError(f'part={self.part}: expected i/n with i from 0 to n - 1, as in 0/4')
         if self.max_tokens < 0 or min(self.val_tokens, self.shard_tokens) < 2:
-            raise ValueError('expected max_tokens of at least 0, val_tokens and shard_tokens of at least 2')
+            raise ValueError(
+                'expected max_tokens of at least 0, val_tokens and shard_tokens of at least 2'
+            )
 
 
 def main() -> None:
     """Write this machine's shards."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     known = ('.jsonl', '.parquet', '.ds')
-    files = [f for f in find_files([config.input], known) if os.path.getsize(f)] if config.input else []
+    files = (
+        [f for f in find_files([config.input], known) if os.path.getsize(f)] if config.input else []
+    )
     kind, *more = sorted({os.path.splitext(f)[1].lower() for f in files}) or ['']
     if config.input and (more or kind not in known):
-        raise UserError(f'{config.input}: expected files of one kind, .jsonl, .parquet or .ds; found {" and ".join([kind, *more]) or "none"}')
+        raise UserError(
+            f'{config.input}: expected files of one kind, .jsonl, .parquet or .ds; found {" and ".join([kind, *more]) or "none"}'
+        )
     if config.offline and not config.input:
-        raise UserError(f'{config.dataset} comes from the network, and nothing is downloaded now: name your copy with --input=FOLDER')
+        raise UserError(
+            f'{config.dataset} comes from the network, and nothing is downloaded now: name your copy with --input=FOLDER'
+        )
     ledger = Ledger(config, files)
     if ledger.finished():
-        print(f'{ledger.path}: finished already; to prepare it anew, remove this file and the shards')
+        print(
+            f'{ledger.path}: finished already; to prepare it anew, remove this file and the shards'
+        )
         return
     if kind == '.ds':
         link_token_files(ledger, files)
     else:
-        write_shards(ledger, from_jsonl(ledger, files) if kind == '.jsonl' else from_datasets(ledger, files))
+        write_shards(
+            ledger, from_jsonl(ledger, files) if kind == '.jsonl' else from_datasets(ledger, files)
+        )
     counts = ledger.splits['train']
     if not counts['tokens']:
-        raise UserError(f'{ledger.notes["source"]}: too little text to train on in part {config.part}; make val_tokens or n smaller')
+        raise UserError(
+            f'{ledger.notes["source"]}: too little text to train on in part {config.part}; make val_tokens or n smaller'
+        )
     ledger.notes['ended'] = not ledger.finished()  # the input has no more
     ledger.save()
     print(f'{config.out_dir}: {counts["tokens"]:,} training tokens in {counts["shards"]:,} shards')
@@ -90,19 +108,38 @@ class Ledger:
         source = ' '.join(filter(None, [config.dataset, config.name, config.revision]))
         if files:
             source = f'{os.path.basename(os.path.abspath(config.input))} (files: {len(files)}, bytes: {sum(map(os.path.getsize, files))})'
-        knobs = {'source': source, 'val_tokens': config.val_tokens, 'shard_tokens': config.shard_tokens}
-        splits = {s: {'shards': 0, 'documents': 0, 'tokens': 0, 'bytes': 0} for s in (['train'] if self.index else ['val', 'train'])}
-        self.notes: dict[str, Any] = {**knobs, 'revision': config.revision, 'splits': splits, 'place': None, 'ended': False}
+        knobs = {
+            'source': source,
+            'val_tokens': config.val_tokens,
+            'shard_tokens': config.shard_tokens,
+        }
+        splits = {
+            s: {'shards': 0, 'documents': 0, 'tokens': 0, 'bytes': 0}
+            for s in (['train'] if self.index else ['val', 'train'])
+        }
+        self.notes: dict[str, Any] = {
+            **knobs,
+            'revision': config.revision,
+            'splits': splits,
+            'place': None,
+            'ended': False,
+        }
         there = os.listdir(config.out_dir) if os.path.isdir(config.out_dir) else []
-        strange = [name for name in there if name.endswith('.bin') and not (self.index and '_val_' in name)]  # part 0's val may be there
+        strange = [
+            name for name in there if name.endswith('.bin') and not (self.index and '_val_' in name)
+        ]  # part 0's val may be there
         if strange and not any(name.endswith(f'-of-{self.parts}.json') for name in there):
-            raise UserError(f'{os.path.join(config.out_dir, min(strange))}: of another preparation; remove it, or take another --out_dir')
+            raise UserError(
+                f'{os.path.join(config.out_dir, min(strange))}: of another preparation; remove it, or take another --out_dir'
+            )
         if os.path.exists(self.path):
             with open(self.path, encoding='utf-8') as f:
                 self.notes |= json.load(f)
         for knob, value in knobs.items():
             if self.notes.get(knob) != value:
-                raise UserError(f'{self.path}: begun with {knob}={self.notes.get(knob)}, not {value}; go on so, or take another --out_dir')
+                raise UserError(
+                    f'{self.path}: begun with {knob}={self.notes.get(knob)}, not {value}; go on so, or take another --out_dir'
+                )
         self.splits = self.notes['splits']
 
     def next_shard(self) -> tuple[str, float]:
@@ -115,7 +152,9 @@ class Ledger:
         """Are there enough tokens, or no more documents?"""
         return self.notes['ended'] or self.next_shard()[1] <= 0
 
-    def add_shard(self, make: Callable[[str], Any], place: Any, documents: int, tokens: int, size: int) -> bool:
+    def add_shard(
+        self, make: Callable[[str], Any], place: Any, documents: int, tokens: int, size: int
+    ) -> bool:
         """Have the next shard made at its path, then note it, and that the one behind it begins at `place`; are there enough now?"""
         split = self.next_shard()[0]
         counts = self.splits[split]
@@ -124,7 +163,12 @@ class Ledger:
         if not os.path.exists(self.path):  # so that there is never a shard without it
             self.save()
         make(path)
-        for key, more in ('shards', 1), ('documents', documents), ('tokens', tokens), ('bytes', size):
+        for key, more in (
+            ('shards', 1),
+            ('documents', documents),
+            ('tokens', tokens),
+            ('bytes', size),
+        ):
             counts[key] += more
         self.notes['place'] = place
         self.save()
@@ -134,10 +178,20 @@ class Ledger:
     def save(self) -> None:
         """meta.json first: what is not in progress-i-of-n.json is done once more after a kill, to the same bytes."""
         if self.index == 0:
-            meta = {'tokenizer': GPT2Tokenizer().state(), 'vocab_size': GPT2Tokenizer.vocab_size, 'splits': self.splits}
-            meta |= {'source': f'{self.notes["source"]}, part {self.config.part}', 'revision': self.notes['revision']}
+            meta = {
+                'tokenizer': GPT2Tokenizer().state(),
+                'vocab_size': GPT2Tokenizer.vocab_size,
+                'splits': self.splits,
+            }
+            meta |= {
+                'source': f'{self.notes["source"]}, part {self.config.part}',
+                'revision': self.notes['revision'],
+            }
             meta['prepared'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-            write_file(os.path.join(self.config.out_dir, 'meta.json'), json.dumps(meta, ensure_ascii=False).encode())
+            write_file(
+                os.path.join(self.config.out_dir, 'meta.json'),
+                json.dumps(meta, ensure_ascii=False).encode(),
+            )
         write_file(self.path, json.dumps(self.notes).encode())
 
 
@@ -155,7 +209,11 @@ def write_shards(ledger: Ledger, documents: Documents) -> None:
     while batch := list(itertools.islice(documents, 512)):  # enough to keep every core busy
         for (text, place), ids in zip(batch, tokenizer.encode_batch([text for text, _ in batch])):
             shard += np.append(ids, tokenizer.eot).astype('<u2').tobytes()
-            counts += 1, len(ids) + 1, len(tokenizer.normalize(text).encode('utf-8', 'surrogatepass'))
+            counts += (
+                1,
+                len(ids) + 1,
+                len(tokenizer.normalize(text).encode('utf-8', 'surrogatepass')),
+            )
             if counts[1] >= ledger.next_shard()[1] and finish(place):
                 return documents.close()
     if shard and ledger.next_shard()[0] == 'train':  # the last one is as long as it is
@@ -164,7 +222,9 @@ def write_shards(ledger: Ledger, documents: Documents) -> None:
 
 def from_jsonl(ledger: Ledger, files: list[str]) -> Documents:
     """Every n-th record; the place behind one is the number of the next."""
-    records = ((path, line, record) for path in files for line, record in enumerate(read_jsonl(path), 1))
+    records = (
+        (path, line, record) for path in files for line, record in enumerate(read_jsonl(path), 1)
+    )
     for number, (path, line, record) in enumerate(records):
         if number >= (ledger.notes['place'] or 0) and number % ledger.parts == ledger.index:
             if not isinstance(record.get('text'), str):
@@ -179,7 +239,9 @@ def from_datasets(ledger: Ledger, files: list[str]) -> Documents:
         from datasets.distributed import split_dataset_by_node
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError('the hub and .parquet are read by the datasets library: pip install datasets; or name .jsonl with --input') from None
+        raise UserError(
+            'the hub and .parquet are read by the datasets library: pip install datasets; or name .jsonl with --input'
+        ) from None
     config, notes = ledger.config, ledger.notes
 
     def open_stream() -> Any:
@@ -187,11 +249,25 @@ def from_datasets(ledger: Ledger, files: list[str]) -> Documents:
             stream = load_dataset('parquet', data_files=files, split='train', streaming=True)
         else:  # a place in one commit is none in another
             notes['revision'] = notes['revision'] or HfApi().dataset_info(config.dataset).sha
-            stream = load_dataset(config.dataset, config.name or None, split='train', streaming=True, revision=notes['revision'])
-        whole = stream.num_shards >= ledger.parts  # files, so that only one part downloads each; else every n-th document
-        return stream.shard(ledger.parts, ledger.index, False) if whole else split_dataset_by_node(stream, ledger.index, ledger.parts)
+            stream = load_dataset(
+                config.dataset,
+                config.name or None,
+                split='train',
+                streaming=True,
+                revision=notes['revision'],
+            )
+        whole = (
+            stream.num_shards >= ledger.parts
+        )  # files, so that only one part downloads each; else every n-th document
+        return (
+            stream.shard(ledger.parts, ledger.index, False)
+            if whole
+            else split_dataset_by_node(stream, ledger.index, ledger.parts)
+        )
 
-    for row, place in read_stream(open_stream, notes['source'], notes['place'], () if files else WAITS, kept=KEPT):
+    for row, place in read_stream(
+        open_stream, notes['source'], notes['place'], () if files else WAITS, kept=KEPT
+    ):
         if not isinstance(row.get('text'), str):
             raise UserError(f'{notes["source"]}: no field text in it, but {", ".join(row)}')
         yield row['text'], place
@@ -200,12 +276,16 @@ def from_datasets(ledger: Ledger, files: list[str]) -> Documents:
 def link_token_files(ledger: Ledger, files: list[str]) -> None:
     """datatrove's token files as shards, the first for validation: hard links, or copies where the disk is another."""
     tokenizer = GPT2Tokenizer()
-    n_bytes = np.array([len(tokenizer.token_bytes(i)) * (i != tokenizer.eot) for i in range(tokenizer.vocab_size)])
+    n_bytes = np.array(
+        [len(tokenizer.token_bytes(i)) * (i != tokenizer.eot) for i in range(tokenizer.vocab_size)]
+    )
     for path in files:
         with open(path + '.metadata', encoding='utf-8') as f:
             name, _, width = f.readline().strip().rpartition('|')
         if width != '2':
-            raise UserError(f'{path}: {width} bytes per token, as of {name}; expected 2: make it with tokenizer_name_or_path="gpt2"')
+            raise UserError(
+                f'{path}: {width} bytes per token, as of {name}; expected 2: make it with tokenizer_name_or_path="gpt2"'
+            )
     mine = files[ledger.index :: ledger.parts]
     for place in range(ledger.notes['place'] or 0, len(mine)):
         path, seen = mine[place], np.zeros(1 << 16, dtype=int)
@@ -214,8 +294,12 @@ def link_token_files(ledger: Ledger, files: list[str]) -> None:
                 seen += np.bincount(ids, minlength=1 << 16)
         documents, size = int(seen[tokenizer.eot]), int(seen[: tokenizer.vocab_size] @ n_bytes)
         if not documents or seen[tokenizer.vocab_size :].any():
-            raise UserError(f"{path}: not GPT-2's tokens with {tokenizer.eot} behind each document; make it with eos_token='<|endoftext|>'")
-        if ledger.add_shard(lambda shard: link(path, shard), place + 1, documents, int(seen.sum()), size):
+            raise UserError(
+                f"{path}: not GPT-2's tokens with {tokenizer.eot} behind each document; make it with eos_token='<|endoftext|>'"
+            )
+        if ledger.add_shard(
+            lambda shard: link(path, shard), place + 1, documents, int(seen.sum()), size
+        ):
             return
 
 

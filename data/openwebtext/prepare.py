@@ -29,7 +29,9 @@ from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 class PrepareConfig:
     """The knobs; the comment behind each is its help."""
 
-    input: str = ''  # a file or folder of .jsonl with a text field; '': streamed from the Hugging Face hub
+    input: str = (
+        ''  # a file or folder of .jsonl with a text field; '': streamed from the Hugging Face hub
+    )
     out_dir: str = shown(HERE)  # where the token files go
     val_fraction: float = 0.0005  # share of the pages kept for validation
     max_documents: int = 0  # stop after this many pages; 0: all
@@ -42,7 +44,9 @@ def main() -> None:
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
     by_hand = 'get the pages by hand and name them with --input=FILE (.jsonl with a text field)'
     if config.offline and not config.input:
-        raise UserError(f'openwebtext comes from the network, and nothing is downloaded now: {by_hand}')
+        raise UserError(
+            f'openwebtext comes from the network, and nothing is downloaded now: {by_hand}'
+        )
 
     def texts() -> Iterator[str]:
         if config.input:
@@ -55,9 +59,16 @@ def main() -> None:
         try:
             from datasets import load_dataset
         except ImportError:
-            raise UserError(f'this dataset is streamed by the datasets library: pip install datasets; or {by_hand}') from None
+            raise UserError(
+                f'this dataset is streamed by the datasets library: pip install datasets; or {by_hand}'
+            ) from None
         name = 'Skylion007/openwebtext'
-        for page, _ in read_stream(lambda: load_dataset(name, split='train', streaming=True), name, hint=by_hand, kept=by_hand):
+        for page, _ in read_stream(
+            lambda: load_dataset(name, split='train', streaming=True),
+            name,
+            hint=by_hand,
+            kept=by_hand,
+        ):
             yield page['text']
 
     def pages() -> Iterator[Piece]:
@@ -66,7 +77,9 @@ def main() -> None:
                 return
             yield pick_split(text, config.val_fraction, config.seed), text, True
 
-    write_dataset(config.out_dir, pages(), GPT2Tokenizer(), source=config.input or 'Skylion007/openwebtext')
+    write_dataset(
+        config.out_dir, pages(), GPT2Tokenizer(), source=config.input or 'Skylion007/openwebtext'
+    )
 
 
 if __name__ == '__main__':

@@ -22,7 +22,9 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 class PrepareConfig:
     """The knobs; the comment behind each is its help."""
 
-    input: str = ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
+    input: str = (
+        ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
+    )
     out_dir: str = shown(HERE)  # where the token files go
     offline: bool = False  # download nothing
 
@@ -35,7 +37,11 @@ def main() -> None:
     path = config.input or download(URL, os.path.join(HERE, 'input.txt'), SHA256, config.offline)
     tokenizer = GPT2Tokenizer()
     write_dataset(
-        config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL
+        config.out_dir,
+        split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1),
+        tokenizer,
+        os.path.getsize(path),
+        source=URL,
     )
 
 

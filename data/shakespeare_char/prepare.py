@@ -22,7 +22,9 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 class PrepareConfig:
     """The knobs; the comment behind each is its help."""
 
-    input: str = ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
+    input: str = (
+        ''  # a copy of the text; '': input.txt beside this file, downloaded if it is not there
+    )
     out_dir: str = shown(HERE)  # where the token files go
     offline: bool = False  # download nothing
 
@@ -36,7 +38,11 @@ def main() -> None:
     # no document end: nanoGPT's vocabulary of this text is its 65 characters alone
     tokenizer = CharTokenizer.train(read_pieces(path), special=())
     write_dataset(
-        config.out_dir, split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1), tokenizer, os.path.getsize(path), source=URL
+        config.out_dir,
+        split_text(read_pieces(path), sum(map(len, read_pieces(path))), 0.1),
+        tokenizer,
+        os.path.getsize(path),
+        source=URL,
     )
 
 

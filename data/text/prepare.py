@@ -74,8 +74,18 @@ def main() -> None:
         lowercase=config.lowercase,
         squeeze=config.squeeze,
     )
-    write_dataset(config.out_dir, pieces(), tokenizer, sum(map(os.path.getsize, files)), source=', '.join(config.input or []))
-    large = [path for path in files if not path.lower().endswith('.jsonl') and os.path.getsize(path) > 20_000]
+    write_dataset(
+        config.out_dir,
+        pieces(),
+        tokenizer,
+        sum(map(os.path.getsize, files)),
+        source=', '.join(config.input or []),
+    )
+    large = [
+        path
+        for path in files
+        if not path.lower().endswith('.jsonl') and os.path.getsize(path) > 20_000
+    ]
     if large and len(few) > 1:
         print(
             f'note: {large[0]} is one document of {os.path.getsize(large[0]) / 1000:,.0f} kB; if it holds several, give each a file, or a line of a .jsonl',

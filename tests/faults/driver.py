@@ -40,13 +40,23 @@ SHAPE = (
     f'--n_layer=2 --n_head=2 --n_embd=128 --block_size=32 --batch_size=4 --gradient_accumulation_steps=1 --learning_rate=3e-3 --dropout=0.1 '
     f'--max_iters={STEPS} --warmup_iters=10 --eval_interval=60 --eval_iters=4 --log_interval=7 --checkpoint_interval=9 --device=cpu'
 ).split()
-EXACT = ('step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm')  # columns of metrics.csv that no clock has a say in
+EXACT = (
+    'step',
+    'tokens',
+    'train_loss',
+    'val_loss',
+    'val_bpb',
+    'lr',
+    'grad_norm',
+)  # columns of metrics.csv that no clock has a say in
 
 
 @dataclass
 class FaultsConfig:
     kills: int = 4  # kill -9 at a random instant, then resume
-    fall_backs: int = 2  # a damaged checkpoint, and a kill in the run that goes on from the one before
+    fall_backs: int = (
+        2  # a damaged checkpoint, and a kill in the run that goes on from the one before
+    )
     damages: int = 40  # checkpoints cut off or with a bit turned, files and folders in turn
     signals: int = 3  # SIGTERM, SIGINT and SIGUSR1 at random instants
     restarts: int = 1  # one of two processes killed under torchrun --max_restarts=3
@@ -74,21 +84,52 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         words = random.Random(1)
-        text = '\n'.join(' '.join(''.join(words.choices('abcdefghijklmnop', k=words.randint(1, 9))) for _ in range(7)) for _ in range(900))
+        text = '\n'.join(
+            ' '.join(
+                ''.join(words.choices('abcdefghijklmnop', k=words.randint(1, 9))) for _ in range(7)
+            )
+            for _ in range(900)
+        )
         with contextlib.redirect_stdout(io.StringIO()):
-            write_dataset(str(folder / 'data'), split_text([text], len(text), 0.1), CharTokenizer.train([text]))
+            write_dataset(
+                str(folder / 'data'),
+                split_text([text], len(text), 0.1),
+                CharTokenizer.train([text]),
+            )
         self.whole: dict[int, Path] = {}
         self.seconds = 0.0  # from the first step to the last
 
-    def command(self, out: Path, *more: str, processes: int = 1, launcher: tuple[str, ...] = ()) -> list[str]:
-        torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *launcher]
+    def command(
+        self, out: Path, *more: str, processes: int = 1, launcher: tuple[str, ...] = ()
+    ) -> list[str]:
+        torchrun = [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc_per_node={processes}',
+            *launcher,
+        ]
         start = [sys.executable] if processes == 1 and not launcher else torchrun
-        return [*start, str(ROOT / 'train.py'), f'--dataset={self.folder / "data"}', f'--out_dir={out}', *SHAPE, *more]
+        return [
+            *start,
+            str(ROOT / 'train.py'),
+            f'--dataset={self.folder / "data"}',
+            f'--out_dir={out}',
+            *SHAPE,
+            *more,
+        ]
 
     def start(self, *words: Any, **more: Any) -> subprocess.Popen:
         environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
         return subprocess.Popen(
-            self.command(*words, **more), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            self.command(*words, **more),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def finish(self, *words: Any, **more: Any) -> subprocess.CompletedProcess:
@@ -132,7 +173,11 @@ def differs(a: Path, b: Path) -> str:
 
 def step_of(out: Path) -> int:
     """The step that a resumed run begins at; 0 if there is nothing to resume."""
-    return int(checkpoint.load_from(str(out), best=False)[1]['iter_num']) if out.is_dir() and checkpoint.candidates(str(out)) else 0
+    return (
+        int(checkpoint.load_from(str(out), best=False)[1]['iter_num'])
+        if out.is_dir() and checkpoint.candidates(str(out))
+        else 0
+    )
 
 
 def reached(out: Path) -> int:
@@ -140,7 +185,10 @@ def reached(out: Path) -> int:
     if not (out / 'metrics.csv').exists():
         return 0
     with open(out / 'metrics.csv', encoding='utf-8', newline='') as f:
-        return max((int(row['step']) for row in csv.DictReader(f) if (row['step'] or '').isdigit()), default=0)
+        return max(
+            (int(row['step']) for row in csv.DictReader(f) if (row['step'] or '').isdigit()),
+            default=0,
+        )
 
 
 def wait_for(process: subprocess.Popen, start: str) -> None:
@@ -163,7 +211,11 @@ def ended_badly(done: subprocess.CompletedProcess) -> str:
 def one_line(done: subprocess.CompletedProcess, status: int = 2) -> str:
     """'' if the run ended with the exit status and one clear line, else what it did."""
     lines = [line for line in done.stderr.strip().splitlines() if not line.startswith('WARNING')]
-    return '' if done.returncode == status and len(lines) == 1 and 'error: ' in lines[0] else f'exit {done.returncode}: {done.stderr[-300:]}'
+    return (
+        ''
+        if done.returncode == status and len(lines) == 1 and 'error: ' in lines[0]
+        else f'exit {done.returncode}: {done.stderr[-300:]}'
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -182,7 +234,11 @@ def kill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     lost = reached(out) - step_of(out)
     done = bench.finish(out, '--init_from=auto')
     wrong = ended_badly(done) or differs(bench.undisturbed(), out)
-    return max(0, lost), wrong, 'over before' if over else 'while a checkpoint was written' if writing else 'in between'
+    return (
+        max(0, lost),
+        wrong,
+        'over before' if over else 'while a checkpoint was written' if writing else 'in between',
+    )
 
 
 def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -195,7 +251,9 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     if number == signal.SIGUSR1:
         time.sleep(0.5)
         saved = [int(checkpoint.load(path)['iter_num']) for path in checkpoint.candidates(str(out))]
-        if process.poll() is None and not any(step % 60 for step in saved):  # but for those of evaluations
+        if process.poll() is None and not any(
+            step % 60 for step in saved
+        ):  # but for those of evaluations
             end_group(process)
             return 0, 'SIGUSR1 brought no checkpoint', ''
         end_group(process)
@@ -223,7 +281,11 @@ def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str
         end_group(process)
         return 0, 'hangs', ''
     again = 'resuming' in (out / 'train.log').read_text(encoding='utf-8')
-    wrong = f'exit {process.returncode}: {err[-600:]}' if process.returncode else differs(bench.undisturbed(2), out)
+    wrong = (
+        f'exit {process.returncode}: {err[-600:]}'
+        if process.returncode
+        else differs(bench.undisturbed(2), out)
+    )
     return lost, wrong, 'resumed' if again else 'began anew, or was over'
 
 
@@ -245,12 +307,18 @@ def stop(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
             except ProcessLookupError:
                 pass
     told = 'lost the others' in err
-    return 0, '' if process.returncode and told else f'exit {process.returncode}: {err[-400:]}', f'given up after {time.monotonic() - started:.0f} s'
+    return (
+        0,
+        '' if process.returncode and told else f'exit {process.returncode}: {err[-400:]}',
+        f'given up after {time.monotonic() - started:.0f} s',
+    )
 
 
 def children(pid: int) -> list[int]:
     """The processes that torchrun started."""
-    text = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True, check=False).stdout
+    text = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True, check=False
+    ).stdout
     return [int(word) for word in text.split()]
 
 
@@ -293,7 +361,11 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
             f.seek(at)
             some = f.read(1 if kind == 'bit' else 100)
             f.seek(at)
-            f.write(bytes([some[0] ^ 1 << dice.randrange(8)]) if kind == 'bit' else bytes(b ^ 0x5A for b in some))
+            f.write(
+                bytes([some[0] ^ 1 << dice.randrange(8)])
+                if kind == 'bit'
+                else bytes(b ^ 0x5A for b in some)
+            )
     try:
         path, state = checkpoint.load_from(str(out), best=False, optimizer=True)
     except UserError as error:
@@ -302,15 +374,25 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
         return 0, f'{victim.name}: {kind} at {at} of {size} was not noticed', ''
     expected = checkpoint.apart(checkpoint.load(str(source / 'ckpt.prev.pt')))[0]
     found = checkpoint.apart(state)[0]
-    same = expected.keys() == found.keys() and all(torch.equal(a, found[k]) for k, a in expected.items())
-    return STEPS - state['iter_num'], '' if same else 'another state was read', 'folders' if folder else 'files'
+    same = expected.keys() == found.keys() and all(
+        torch.equal(a, found[k]) for k, a in expected.items()
+    )
+    return (
+        STEPS - state['iter_num'],
+        '' if same else 'another state was read',
+        'folders' if folder else 'files',
+    )
 
 
 def fill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     """A disk with room for the first checkpoints and no more, in the midst of training; then room again."""
     out.mkdir()
     size = dice.randrange(9000, 14000)
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(out)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(out)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         return 0, '', 'skipped: mounting is not allowed here'
     process = bench.start(out)
     try:
@@ -349,12 +431,23 @@ def nan(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     at = dice.choice([30, 60, 90])
     done = bench.finish(out, f'--max_iters={at}', f'--lr_decay_iters={STEPS}')
     good = step_of(out)
-    done = bench.finish(out, '--init_from=resume', f'--max_iters={STEPS}', '--learning_rate=1e30', '--grad_clip=0', '--decay_lr=False')
+    done = bench.finish(
+        out,
+        '--init_from=resume',
+        f'--max_iters={STEPS}',
+        '--learning_rate=1e30',
+        '--grad_clip=0',
+        '--decay_lr=False',
+    )
     if wrong := one_line(done):
         return 0, wrong, ''
     state = checkpoint.load_from(str(out), best=False)[1]
     finite = all(bool(w.isfinite().all()) for w in state['model'].values())
-    return max(0, reached(out) - state['iter_num']), '' if finite and state['iter_num'] >= good else 'the checkpoint is not finite', ''
+    return (
+        max(0, reached(out) - state['iter_num']),
+        '' if finite and state['iter_num'] >= good else 'the checkpoint is not finite',
+        '',
+    )
 
 
 def spoil(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -375,7 +468,11 @@ def spoil(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
             f.truncate(dice.randrange(1, size) if kind == 'cut' else 0)
     done = bench.finish(out, f'--dataset={folder}', '--max_iters=60')
     clear = not one_line(done) or kind == 'bits' and done.returncode == 0
-    return 0, '' if clear else f'{kind}: {one_line(done)}', 'noticed' if done.returncode else 'bits that stay in the vocabulary: trained on'
+    return (
+        0,
+        '' if clear else f'{kind}: {one_line(done)}',
+        'noticed' if done.returncode else 'bits that stay in the vocabulary: trained on',
+    )
 
 
 def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
@@ -384,12 +481,21 @@ def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
     mark = out / 'ran'
     if dice.random() < 0.5:
         (out / 'data').mkdir()
-        (out / 'data' / 'prepare.py').write_text(f'import os\nos.mkdir({str(mark)!r})\n# offline: bool\n', encoding='utf-8')
+        (out / 'data' / 'prepare.py').write_text(
+            f'import os\nos.mkdir({str(mark)!r})\n# offline: bool\n', encoding='utf-8'
+        )
         state = checkpoint.load(str(out / 'ckpt.pt'))
-        state['config'] |= {'dataset': str(out / 'data'), 'prepare': str(out / 'data' / 'prepare.py')}
+        state['config'] |= {
+            'dataset': str(out / 'data'),
+            'prepare': str(out / 'data' / 'prepare.py'),
+        }
         checkpoint.save(str(out / 'ckpt.pt'), state)
         done = subprocess.run(
-            [sys.executable, str(ROOT / 'train.py'), f'--out_dir={out}', '--init_from=resume'], capture_output=True, text=True, check=False, cwd=ROOT
+            [sys.executable, str(ROOT / 'train.py'), f'--out_dir={out}', '--init_from=resume'],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
         )
         return 0, 'the script ran' if mark.exists() else one_line(done), 'scripts'
 
@@ -397,7 +503,11 @@ def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(mark),)
 
-    torch.save(checkpoint.load(str(out / 'ckpt.pt')) | {'extra': Evil()}, out / 'ckpt.pt', _use_new_zipfile_serialization=dice.random() < 0.5)
+    torch.save(
+        checkpoint.load(str(out / 'ckpt.pt')) | {'extra': Evil()},
+        out / 'ckpt.pt',
+        _use_new_zipfile_serialization=dice.random() < 0.5,
+    )
     for spare in ('ckpt.prev.pt', 'best.pt'):
         (out / spare).unlink()
     done = bench.finish(out, '--init_from=resume')
@@ -430,7 +540,9 @@ def drive(config: FaultsConfig) -> dict[str, Tally]:
             tally = tallies[kind] = Tally()
             remarks: dict[str, int] = {}
 
-            def one(number: int, kind: str = kind, fault: Callable[..., tuple[int, str, str]] = fault) -> tuple[int, str, str]:
+            def one(
+                number: int, kind: str = kind, fault: Callable[..., tuple[int, str, str]] = fault
+            ) -> tuple[int, str, str]:
                 out = Path(folder) / f'{kind}-{number}'
                 try:
                     return fault(bench, random.Random(f'{config.seed} {kind} {number}'), out)
@@ -439,27 +551,37 @@ def drive(config: FaultsConfig) -> dict[str, Tally]:
                 finally:
                     shutil.rmtree(out, ignore_errors=True)
 
-            with ThreadPoolExecutor(config.jobs if kind not in ('restarts', 'stops') else 1) as pool:
-                for number, (lost, wrong, remark) in enumerate(pool.map(one, range(getattr(config, kind)))):
+            with ThreadPoolExecutor(
+                config.jobs if kind not in ('restarts', 'stops') else 1
+            ) as pool:
+                for number, (lost, wrong, remark) in enumerate(
+                    pool.map(one, range(getattr(config, kind)))
+                ):
                     tally.tried += 1
                     tally.survived += not wrong
                     tally.lost.append(lost)
                     if wrong:
                         tally.wrong.append(f'{kind} {number}: {wrong}')
                     remarks[remark] = remarks.get(remark, 0) + 1
-            tally.remark = ', '.join(f'{count} {remark}' for remark, count in remarks.items() if remark)
+            tally.remark = ', '.join(
+                f'{count} {remark}' for remark, count in remarks.items() if remark
+            )
     return tallies
 
 
 def main() -> None:
     config = configure(FaultsConfig, description='Break training runs and count what came of it.')
     began = time.monotonic()
-    with contextlib.redirect_stderr(io.StringIO()):  # the warnings that reading damaged files brings
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # the warnings that reading damaged files brings
         tallies = drive(config)
     print(f'{"fault":<36}{"tried":>6}{"survived":>9}{"wrong":>6}{"lost steps":>11}')
     for kind, tally in tallies.items():
         if tally.tried:
-            print(f'{FAULTS[kind][0]:<36}{tally.tried:>6}{tally.survived:>9}{len(tally.wrong):>6}{sum(tally.lost):>11}  {tally.remark}')
+            print(
+                f'{FAULTS[kind][0]:<36}{tally.tried:>6}{tally.survived:>9}{len(tally.wrong):>6}{sum(tally.lost):>11}  {tally.remark}'
+            )
     everything = list(tallies.values())
     print(
         f'{"all":<36}{sum(t.tried for t in everything):>6}{sum(t.survived for t in everything):>9}'
