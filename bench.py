@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from configurator import UserError, configure, run
 from lyregpt import report
-from lyregpt.dataset import write_whole
+from lyregpt.dataset import atomic_write
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # nanoGPT's README, for a CPU
@@ -982,7 +982,7 @@ def show_two(config: BenchConfig) -> None:
 def save(path: str, figures: dict[str, Any]) -> None:
     """Write figures as JSON, whole or not at all. Raises UserError."""
     try:
-        write_whole(path, json.dumps(figures, indent=1).encode())
+        atomic_write(path, json.dumps(figures, indent=1).encode())
     except OSError as error:
         raise UserError(f'json={path}: cannot be written ({error.strerror})') from None
 

@@ -834,7 +834,7 @@ class GPT(nn.Module):
                     for row, watch in zip(banned, avoid):
                         row[watch.banned()] = True
                     logits = logits.masked_fill(banned.to(device), -math.inf)
-                tokens = draw(logits, chance[:, step % 64], temperature, top_k, top_p)
+                tokens = sample_token(logits, chance[:, step % 64], temperature, top_k, top_p)
                 if avoid is not None:
                     for watch, token, runs in zip(avoid, tokens.tolist(), running.tolist()):
                         if runs:
@@ -948,7 +948,7 @@ def check_sampling(
             raise ValueError(text)
 
 
-def draw(
+def sample_token(
     logits: torch.Tensor,
     chance: torch.Tensor,
     temperature: float,

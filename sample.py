@@ -30,9 +30,9 @@ import torch.nn as nn
 
 from configurator import UserError, configure, run
 from lyregpt import checkpoint
-from lyregpt.dataset import song_head
+from lyregpt.dataset import song_header
 from lyregpt.device import can_compile, pick_device, pick_dtype
-from lyregpt.originality import Avoid, Index, index_of
+from lyregpt.originality import CopyFilter, Index, index_of
 from lyregpt.pretrained import from_pretrained, is_pretrained
 from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT, Int8Linear, check_sampling, packed
@@ -218,7 +218,7 @@ def prompt_text(config: SampleConfig) -> str:
             raise UserError(f'{start[5:]}: {error.strerror}') from None
         except UnicodeDecodeError as error:
             raise UserError(f'{start[5:]}: cannot be read as UTF-8 text ({error})') from None
-    return song_head(config.artist, config.album, '', config.title) + start
+    return song_header(config.artist, config.album, '', config.title) + start
 
 
 def begin(
@@ -255,7 +255,7 @@ def begin(
             stop_tokens=[tokenizer.eot] if config.stop_at_end and tokenizer.eot is not None else [],
             compile=config.compile,
             avoid=[
-                Avoid(training(), tokenizer, config.avoid_copying, text)
+                CopyFilter(training(), tokenizer, config.avoid_copying, text)
                 for _ in range(config.num_samples)
             ]
             if training and config.avoid_copying

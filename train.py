@@ -49,7 +49,7 @@ from lyregpt.device import (
     pick_dtype,
     put,
 )
-from lyregpt.distributed import Team, lost_contact, shard, shares
+from lyregpt.distributed import Distributed, lost_contact, shard, shares
 from lyregpt.logger import Log
 from lyregpt.optim import configure_optimizers
 from lyregpt.originality import Index
@@ -229,8 +229,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # -------------------------------------------------------------------------
     # Who are we: one process, or one of several that torchrun started
     fsdp = config.parallel == 'fsdp'
-    team = Team(config.device, config.backend, config.timeout_minutes, alone=fsdp)
-    main, device = team.main, team.device
+    distributed = Distributed(config.device, config.backend, config.timeout_minutes, alone=fsdp)
+    main, device = distributed.is_main, distributed.device
     if device.type == 'cpu':
         keep_freed_memory()
 
@@ -247,7 +247,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             path, found['state'] = checkpoint.load_from(where, best, optimizer=True, lazy=fsdp)
             return path
 
-        path = team.told(find)
+        path = distributed.broadcast(find)
         return path, found['state'] if main else checkpoint.load(
             path, optimizer=True, lazy=fsdp, checked=True
         )
@@ -263,9 +263,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
 
     auto, _, otherwise = config.init_from.partition(':')
-    if auto == 'auto' or team.restarted:
+    if auto == 'auto' or distributed.restarted:
         otherwise = (otherwise or 'scratch') if auto == 'auto' else config.init_from
-        config = with_knobs(config, {'init_from': 'resume' if team.told(resumable) else otherwise})
+        config = with_knobs(config, {'init_from': 'resume' if distributed.broadcast(resumable) else otherwise})
     began_from = config.init_from  # of a resumed run, too: what its first steps began from
     if config.init_from == 'resume' and not os.path.isdir(config.out_dir):
         raise UserError(
@@ -275,7 +275,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         source, state = read(config.out_dir, best=False)
         if main and not config.eval_only:
             checkpoint.set_aside_damaged(config.out_dir, source)
-        config = resume_config(config, state, source, team.size)
+        config = resume_config(config, state, source, distributed.size)
         before = state.get('config', {})
         began_from = state.get('meta', {}).get('began_from', before.get('init_from'))
         names = [
@@ -295,7 +295,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config
     ):  # the number is this machine's; a config that is used again should not bring it along
         config = with_knobs(config, {'threads': 'auto'})
-    folder = prepared_folder(config, team)
+    folder = prepared_folder(config, distributed)
     tokenizer = read_tokenizer(folder)
     if state and tokenizer.state() != checkpoint.tokenizer_of(state, folder=folder).state():
         raise UserError(
@@ -375,7 +375,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if compiled and not why:
             for block in model.transformer.h:
                 block.compile()
-        shard(model, team, dtype, config.cpu_offload)
+        shard(model, distributed, dtype, config.cpu_offload)
         model.materialize(torch.device('cpu') if config.cpu_offload else device)
         if model.positions is not None:
             model.positions = model.positions.to(device)
@@ -399,14 +399,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f'the {rows} windows of a step cannot be shared equally among shard_groups={config.shard_groups}'
         )
-    share = -(-rows // team.size)  # the largest
+    share = -(-rows // distributed.size)  # the largest
     micro = min(batch_size, share)
     if (
         config.batch_size == 'auto' and not config.eval_only
     ):  # a resumed run takes what was found before: other sizes add up in another order
         found = state.get('micro') if config.init_from == 'resume' else None
-        micro = -int(team.most(-min(found or windows_that_fit(model, share, autocast), share))[0])
-    parts = shares(rows, team.rank, team.size, micro)
+        micro = -int(distributed.all_reduce_max(-min(found or sequences_that_fit(model, share, autocast), share))[0])
+    parts = shares(rows, distributed.rank, distributed.size, micro)
     tokens_per_step = rows * block_size
     per_group = rows // config.shard_groups
     train_splits = {
@@ -489,7 +489,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 block._compiled_call_impl = None
     compiled = compiled and not why
     forward: Any = torch.compile(model) if compiled and not fsdp else model
-    if team.size > 1 and not fsdp:
+    if distributed.size > 1 and not fsdp:
         if compiled:
             torch._dynamo.reset()  # to compile again in parts, whose gradients are exchanged while the next are computed
         forward = torch.nn.parallel.DistributedDataParallel(
@@ -503,19 +503,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     eval_rows = max(micro, 16384 // block_size)
     reserve = 0.0  # of max_minutes: seconds that an evaluation takes
     if config.max_minutes:
-        most = 0.05 * 60 * config.max_minutes * team.size
-        (reserve,) = team.most(time_to_evaluate(model, val_split, eval_rows, autocast))
+        most = 0.05 * 60 * config.max_minutes * distributed.size
+        (reserve,) = distributed.all_reduce_max(time_to_evaluate(model, val_split, eval_rows, autocast))
         if (
-            config.eval_iters is None and reserve * val_split.eval_windows() > most
+            config.eval_iters is None and reserve * val_split.eval_sequences() > most
         ):  # from now on, also in resumed runs
             config = with_knobs(config, {'eval_iters': max(1, int(most / reserve / batch_size))})
     logs_: list[Log] = []
     if not config.eval_only:
-        team.told(lambda: logs_.append(Log(config, step, tokenizer)))
+        distributed.broadcast(lambda: logs_.append(Log(config, step, tokenizer)))
     log = logs_[0] if logs_ else None
     say = log.say if log else print if main else lambda text: None
-    windows = val_split.eval_windows(config.eval_iters and config.eval_iters * batch_size)
-    reserve *= windows / team.size
+    windows = val_split.eval_sequences(config.eval_iters and config.eval_iters * batch_size)
+    reserve *= windows / distributed.size
     say(
         f'model: {config.arch if config.init_from == "scratch" else model.config.arch}, {model.num_params():,} parameters, {model.config.n_layer} layers, '
         f'{model.config.n_head} heads, {model.config.n_embd} wide, context {block_size}, vocabulary {model.config.vocab_size:,}'
@@ -527,11 +527,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if config.max_minutes
             else f'all {config.max_iters:,} steps read it {config.max_iters * tokens_per_step / n_tokens:.1f} times'
         )
-        + f'; validation on {windows:,} of {val_split.eval_windows():,} windows'
+        + f'; validation on {windows:,} of {val_split.eval_sequences():,} windows'
     )
     say(
         f'machine: {device.type}{f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f", {threads.describe_threads()}"}, '
-        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {team.size} process{"es" * (team.size > 1)}'
+        f'{str(dtype).removeprefix("torch.")}, {"compiled" if compiled else "eager"}{f" ({why})" if why else ""}, {distributed.size} process{"es" * (distributed.size > 1)}'
         + ' (fsdp)' * fsdp
         + (f', {micro} windows at once' if config.batch_size == 'auto' else '')
     )
@@ -548,7 +548,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
     indexes: list[Index] = []
     if config.originality and not config.eval_only:
-        team.told(lambda: indexes.append(Index.open(folder)))
+        distributed.broadcast(lambda: indexes.append(Index.open(folder)))
     ceiling = matmul_ceiling(device, dtype)
     took = {'training': 0.0, 'evaluation': 0.0, 'saving': 0.0, 'samples': 0.0}  # seconds
     if log:
@@ -569,7 +569,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             | {
                 'numbers': str(dtype).removeprefix('torch.'),
                 'model is': 'compiled' if compiled else 'eager',
-                'processes': team.size,
+                'processes': distributed.size,
             },
             model={
                 'parameters': model.num_params(),
@@ -586,7 +586,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             | {
                 'validation tokens': val_split.n_tokens,
                 'validation windows read': windows,
-                'validation windows': val_split.eval_windows(),
+                'validation windows': val_split.eval_sequences(),
             }
             | {
                 f'{word} bytes': splits.get(name, {}).get('bytes')
@@ -607,13 +607,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         """Mean loss in nats per token over the validation windows, each read once by one of the processes."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        for x, y in val_split.eval_batches(eval_rows, windows, team.rank, team.size):
+        for x, y in val_split.eval_batches(eval_rows, windows, distributed.rank, distributed.size):
             with autocast:
                 loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
             count = int((y >= 0).sum())
             total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
         model.train()
-        total = team.sum(total.to(device) if team.size > 1 else total)  # MPS has no float64
+        total = distributed.all_reduce_sum(total.to(device) if distributed.size > 1 else total)  # MPS has no float64
         return float(total[0] / total[1])
 
     def enough() -> str:
@@ -636,7 +636,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         nonlocal saved_at, saved_when
         saving = time.perf_counter()
         settle()
-        so_far = team.sum(torch.stack(losses)).tolist() if losses else []
+        so_far = distributed.all_reduce_sum(torch.stack(losses)).tolist() if losses else []
         if losses and not main:
             losses[:] = [torch.zeros_like(loss) for loss in losses]
         elif losses:
@@ -660,7 +660,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             'last_eval': last_eval,
             'losses': so_far,
             'job': job_name(),
-            'processes': team.size,
+            'processes': distributed.size,
             'micro': micro if config.batch_size == 'auto' else None,
             'seconds': seconds_before + time.perf_counter() - began,
         }
@@ -673,7 +673,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             all(bool(local(w).isfinite().all()) for w in state['model'].values()), dtype=torch.int32
         )
         if fsdp:  # each looks at its parts
-            dist.all_reduce(finite, dist.ReduceOp.MIN, team.files)
+            dist.all_reduce(finite, dist.ReduceOp.MIN, distributed.files)
         if not finite:
             raise FloatingPointError('weights')
         if log:
@@ -684,7 +684,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             part = state if name.startswith('ckpt') else {k: state[k] for k in BEST_KEYS}
             try:
                 if fsdp:
-                    checkpoint.save_folder(path, part, name == 'ckpt', team.files)
+                    checkpoint.save_folder(path, part, name == 'ckpt', distributed.files)
                 else:
                     checkpoint.save(path, part, name == 'ckpt.pt')
                 unsaved.pop(name, None)
@@ -701,7 +701,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         try:
             writer.wait(seconds)
         except FloatingPointError as error:
-            team.fail(went_wrong(str(error), saved_at))
+            distributed.fail(went_wrong(str(error), saved_at))
 
     def went_wrong(what: str, at: int) -> str:
         if log:
@@ -726,13 +726,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         or config.checkpoint_async == 'auto'
         and device.type == 'cuda',
         device,
-        team.cpu_mesh,
+        distributed.cpu_mesh,
     )
     if config.eval_only:
         pool.shutdown()
         val_loss = evaluate()
         say(f'validation loss {val_loss:.4f} nats per token{bits(val_loss)}')
-        team.close()
+        distributed.close()
         return {
             'step': step,
             'val_loss': val_loss,
@@ -762,14 +762,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         enough() if step == last_eval else ''
     )  # of a run that had ended: it has not begun anew by being resumed
     grad_norm: Any = 0.0
-    share_spent = (
+    progress = (
         seconds_before / (60 * config.max_minutes) if config.max_minutes else None
     )  # the same on all processes
-    evaluated_at = share_spent or 0.0
+    evaluated_at = progress or 0.0
     over = (
-        step >= config.max_iters if share_spent is None else share_spent >= 1
+        step >= config.max_iters if progress is None else progress >= 1
     )  # nothing left to do
-    if over and share_spent:
+    if over and progress:
         say(f'the {config.max_minutes:g} minutes are spent: give a larger --max_minutes to go on')
     model.train()
     wanted = False  # a checkpoint, by signal or by the clock
@@ -779,14 +779,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
             settle(0)
             # Evaluate, and save what we have; on a budget, evaluations take about a tenth of it at most
             due = step > 0 and step % config.eval_interval == 0
-            if share_spent is not None and config.max_minutes:
-                due = due and (share_spent - evaluated_at) * 60 * config.max_minutes >= 9 * reserve
+            if progress is not None and config.max_minutes:
+                due = due and (progress - evaluated_at) * 60 * config.max_minutes >= 9 * reserve
             if step != last_eval and (over or due) and not stopping:
                 evaluating = time.perf_counter()
                 val_loss, last_eval = evaluate(), step
                 took['evaluation'] += time.perf_counter() - evaluating
                 if not math.isfinite(val_loss):
-                    team.fail(went_wrong('validation loss', step))
+                    distributed.fail(went_wrong('validation loss', step))
                 better = val_loss < best_val_loss
                 best_val_loss, bad_evals = (
                     min(val_loss, best_val_loss),
@@ -823,9 +823,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     took['samples'] += time.perf_counter() - writing
                 outcome = enough()
                 last_log = time.perf_counter()
-                if team.size == 1:
+                if distributed.size == 1:
                     reserve = last_log - evaluating
-                evaluated_at = share_spent or 0.0
+                evaluated_at = progress or 0.0
             if (
                 saved_at != step > 0
                 and not stopping
@@ -840,7 +840,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
             # One step: forward and backward over this process's windows, then the update
             started = time.perf_counter()
-            lr = learning_rate(config, step, share_spent)
+            lr = learning_rate(config, step, progress)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
                     group['lr'] = lr
@@ -850,7 +850,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
             step_loss = torch.zeros((), device=device)
             for part, (start, stop) in enumerate(parts):
-                if asked['signal'] and part and team.size == 1:
+                if asked['signal'] and part and distributed.size == 1:
                     break  # in a long step: what is done of it counts for nothing, and resuming does it again
                 x, y = upcoming.result()
                 last = part == len(parts) - 1
@@ -859,15 +859,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     torch.manual_seed((config.seed * 1_000_003 + step * rows + start) % 2**63)
                 with (
                     forward.no_sync()
-                    if team.size > 1 and not last and not fsdp
+                    if distributed.size > 1 and not last and not fsdp
                     else contextlib.nullcontext()
                 ):
                     with autocast:
                         loss = forward(x, y) * (
-                            (stop - start) * team.size / rows
+                            (stop - start) * distributed.size / rows
                         )  # the processes' gradients are averaged
                     scaler.scale(loss).backward()
-                step_loss += loss.detach() / team.size
+                step_loss += loss.detach() / distributed.size
             if not last:
                 stopping = asked['signal']
                 continue
@@ -899,32 +899,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 or step == config.max_iters
             )
             spent = seconds_before + time.perf_counter() - began
-            looks = team.size == 1 or logs or device.type == 'cpu'
+            looks = distributed.size == 1 or logs or device.type == 'cpu'
             if looks:
                 wanted, asked['save'] = (
                     asked['save']
                     or 0 < 60 * config.checkpoint_minutes < time.perf_counter() - saved_when,
                     0,
                 )
-                signaled, spent, save_now = team.most(asked['signal'], spent, wanted)
+                signaled, spent, save_now = distributed.all_reduce_max(asked['signal'], spent, wanted)
                 stopping, wanted = int(signaled), bool(save_now)
             if config.max_minutes is None:
                 over = step >= config.max_iters
             elif looks:
-                share_spent = spent / max(1e-9, 60 * config.max_minutes - reserve)
-                over = share_spent >= 1
+                progress = spent / max(1e-9, 60 * config.max_minutes - reserve)
+                over = progress >= 1
             logs = logs or over
             if logs:
-                figures = team.sum(torch.stack(losses))
+                figures = distributed.all_reduce_sum(torch.stack(losses))
                 if len(bad := (~figures.isfinite()).nonzero()):
-                    team.fail(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
+                    distributed.fail(went_wrong('loss', step - len(losses) + int(bad[0]) + 1))
                 if not scaler.is_enabled() and not math.isfinite(float(grad_norm)):
-                    team.fail(went_wrong('gradient', step))
+                    distributed.fail(went_wrong('gradient', step))
                 train_loss, steps = float(figures.mean()), len(losses)
                 losses.clear()
                 now = time.perf_counter()
                 speed, last_log = steps * tokens_per_step / (now - last_log), now
-                mfu = speed / team.size * model.flops_per_token() / ceiling
+                mfu = speed / distributed.size * model.flops_per_token() / ceiling
                 if log:
                     log.row(
                         step=step,
@@ -970,10 +970,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # The end
     if outcome:
         say(f'stopped at step {step:,}: {outcome}')
-    if team.most(bool(unsaved))[0]:
+    if distributed.all_reduce_max(bool(unsaved))[0]:
         if log:
             log.close()
-        team.fail(
+        distributed.fail(
             '; '.join(
                 f'{config.out_dir}/{name} was not saved ({why})' for name, why in unsaved.items()
             )
@@ -995,7 +995,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 + (f'; {write_report(config.out_dir)}' if config.report else '')
             )
         log.close()
-    team.close()
+    distributed.close()
     if stopping:
         sys.exit(128 + stopping)
     return {
@@ -1011,16 +1011,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 # The parts that the loop calls
 
 
-def learning_rate(config: TrainConfig, step: int, share_spent: float | None = None) -> float:
-    """The rate of the step from `step` to `step + 1` updates; with max_minutes, `share_spent` of the budget takes the place of the steps."""
+def learning_rate(config: TrainConfig, step: int, progress: float | None = None) -> float:
+    """The rate of the step from `step` to `step + 1` updates; with max_minutes, `progress` of the budget takes the place of the steps."""
     if not config.decay_lr:
         return config.learning_rate
     end = max(1, config.lr_decay_iters or config.max_iters)
     rise, done, warm = (step + 1) / (config.warmup_iters + 1), step / end, config.warmup_iters / end
-    if share_spent is not None:
+    if progress is not None:
         rise, done, warm = (
-            max(rise, share_spent / 0.05),
-            share_spent,
+            max(rise, progress / 0.05),
+            progress,
             0.0,
         )  # the warm-up takes a twentieth of the time at most
     if rise < 1:
@@ -1085,7 +1085,7 @@ def cannot_compile(
     return f'compiled gradients are wrong: a norm of {wrong[0]}' if wrong else ''
 
 
-def windows_that_fit(model: GPT, share: int, autocast: Any) -> int:
+def sequences_that_fit(model: GPT, share: int, autocast: Any) -> int:
     """How many windows at once: on CUDA what its memory holds beside weights, gradients and optimizer states; elsewhere about 4,096 tokens."""
     device = model.lm_head.weight.device
     if device.type != 'cuda':
@@ -1125,7 +1125,7 @@ def windows_that_fit(model: GPT, share: int, autocast: Any) -> int:
 @torch.no_grad()
 def time_to_evaluate(model: GPT, split: Split, rows: int, autocast: Any) -> float:
     """Seconds per window of an evaluation, by one batch (after another one that warms up)."""
-    for x, y in split.eval_batches(rows, min(rows, split.eval_windows())):
+    for x, y in split.eval_batches(rows, min(rows, split.eval_sequences())):
         for _ in range(2):
             started = time.perf_counter()
             with autocast:
@@ -1133,7 +1133,7 @@ def time_to_evaluate(model: GPT, split: Split, rows: int, autocast: Any) -> floa
     return (time.perf_counter() - started) / len(x)
 
 
-def prepared_folder(config: TrainConfig, team: Team) -> str:
+def prepared_folder(config: TrainConfig, distributed: Distributed) -> str:
     """The dataset's folder, made first by its prepare.py if that works without network. Raises UserError that names the command."""
     folder = folder_of(config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
@@ -1153,7 +1153,7 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
             raise UserError(
                 f'{folder}, which the checkpoint was trained on, is not prepared; prepare it first, or name another with --dataset'
             )
-        if team.local_rank == 0:
+        if distributed.local_rank == 0:
             with open(script, encoding='utf-8') as f:
                 answers = 'offline:' in f.read()  # does it declare the knob that forbids downloads?
             print(f'{folder} is not prepared yet: running {command}', flush=True)
@@ -1164,7 +1164,7 @@ def prepared_folder(config: TrainConfig, team: Team) -> str:
                 ).returncode
             ):
                 raise UserError(f'{folder} is not prepared; prepare it first: {command}')
-    team.most(0)  # the others wait
+    distributed.all_reduce_max(0)  # the others wait
     return folder
 
 

@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, run
-from lyregpt.dataset import read_meta, sync_folder, write_whole
+from lyregpt.dataset import read_meta, sync_folder, atomic_write
 from lyregpt.device import is_sharded, local
 from lyregpt.optim import configure_optimizers
 from lyregpt.tokenizer import Tokenizer, from_state
@@ -54,7 +54,7 @@ warnings.filterwarnings(
 )  # DCP, whenever one process reads or writes alone
 
 
-class Damaged(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that is not what was written: cut off, a bit turned, a part missing."""
 
 
@@ -80,7 +80,7 @@ def save(path: str, state: dict[str, Any], keep_previous: bool = False) -> None:
             f.write(struct.pack('<H', COMMENT) + MARK + hashed.digest.hexdigest().encode())
             f.flush()
             os.fsync(f.fileno())
-        put_in_place(part, path, keep_previous)
+        atomic_replace(part, path, keep_previous)
     except Exception as error:
         remove(part)
         reason: BaseException | None = error
@@ -123,7 +123,7 @@ def save_folder(
 
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     part = path + '.tmp'
-    tensors, rest = apart(state)
+    tensors, rest = flatten_state(state)
 
     def agreed(work: Callable[[], Any]) -> list[Any]:
         """What `work()` gave on each process; OSError on all of them if it failed on one."""
@@ -170,15 +170,15 @@ def save_folder(
 
     def finish() -> None:
         if rank == 0:
-            write_whole(os.path.join(part, REST), json.dumps(rest).encode())
+            atomic_write(os.path.join(part, REST), json.dumps(rest).encode())
             digests = {REST: file_digest(os.path.join(part, REST))} | {
                 name: digest for mine in sums for name, digest in mine.items()
             }
-            write_whole(
+            atomic_write(
                 os.path.join(part, SUMS),
                 ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items())).encode(),
             )
-            put_in_place(part, path, keep_previous)
+            atomic_replace(part, path, keep_previous)
 
     agreed(prepare)
     agreed(write_tensors)
@@ -186,7 +186,7 @@ def save_folder(
     agreed(finish)
 
 
-def put_in_place(part: str, path: str, keep_previous: bool) -> None:
+def atomic_replace(part: str, path: str, keep_previous: bool) -> None:
     """Rename the finished file or folder `part` to `path`; what was there becomes `previous(path)`, or goes."""
     before = previous(path)
     if os.path.isdir(
@@ -339,7 +339,7 @@ def load_from(
             if not any_model:
                 check_gpt(state, path)
             return path, state
-        except Damaged as error:
+        except CorruptCheckpointError as error:
             if i + 1 == len(paths):
                 raise
             print(f'WARNING: {error}; going back to {paths[i + 1]}', file=sys.stderr, flush=True)
@@ -402,7 +402,7 @@ def load(
 
     Nothing in it is run. A folder's optimizer states are read if `optimizer`. `lazy` leaves the tensors where they are: a file
     is mapped, of a folder the rest is read alone. `checked`: somebody has just done that. Raises UserError if it is missing,
-    asks for code, or holds no model; Damaged if it is not as it was written.
+    asks for code, or holds no model; CorruptCheckpointError if it is not as it was written.
     """
     if not checked and os.path.exists(path):
         verify(path)
@@ -418,13 +418,13 @@ def load(
                 (line for line in str(error).splitlines() if 'GLOBAL' in line), 'not a checkpoint'
             ).strip()
             kind = (
-                UserError if zipfile.is_zipfile(path) else Damaged
+                UserError if zipfile.is_zipfile(path) else CorruptCheckpointError
             )  # a whole zip holds what was put into it
             raise kind(
                 f'{path}: refused, because it holds more than weights and plain values, or is damaged ({reason[:120]})'
             ) from None
         except Exception as error:  # a damaged file can fail anywhere in the reader
-            raise Damaged(
+            raise CorruptCheckpointError(
                 f'{path}: damaged or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ""})'
             ) from None
     else:
@@ -458,7 +458,7 @@ def check_gpt(state: dict[str, Any], path: str) -> None:
 
 
 def verify(path: str) -> None:
-    """Check the digest of a file, or those of a folder's files. Raises Damaged."""
+    """Check the digest of a file, or those of a folder's files. Raises CorruptCheckpointError."""
     if os.path.isdir(path):
         try:
             with open(os.path.join(path, SUMS), encoding='utf-8') as f:
@@ -467,15 +467,15 @@ def verify(path: str) -> None:
                     for digest, name in (line.rstrip('\n').split('  ', 1) for line in f)
                 }
         except (OSError, ValueError, UnicodeDecodeError):
-            raise Damaged(f'{path}: damaged, its {SUMS} cannot be read') from None
+            raise CorruptCheckpointError(f'{path}: damaged, its {SUMS} cannot be read') from None
         there = {name for name in os.listdir(path) if name.endswith('.safetensors')} | {REST}
         if there != set(sums):
-            raise Damaged(
+            raise CorruptCheckpointError(
                 f'{path}: damaged, {", ".join(sorted(there ^ set(sums)))[:200]} should not be there, or is missing'
             )
         for name in sorted(sums):
             if file_digest(os.path.join(path, name)) != sums[name]:
-                raise Damaged(f'{path}: damaged, the checksum of {name} is wrong')
+                raise CorruptCheckpointError(f'{path}: damaged, the checksum of {name} is wrong')
         return
     with open(path, 'rb') as f:
         size = f.seek(0, os.SEEK_END)
@@ -489,7 +489,7 @@ def verify(path: str) -> None:
                 left -= len(block)
             digest.update(b'\0\0')  # as it was hashed: before there was a comment
             if tail[20:] != struct.pack('<H', COMMENT) + MARK + digest.hexdigest().encode():
-                raise Damaged(f'{path}: damaged, its checksum is wrong')
+                raise CorruptCheckpointError(f'{path}: damaged, its checksum is wrong')
             return
         f.seek(0)
         start = f.read(4)
@@ -502,7 +502,7 @@ def verify(path: str) -> None:
                     f'the checksum of {"the file" if archive.comment else bad} is wrong'
                 )
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise Damaged(f'{path}: damaged, or cut off ({str(error)[:100]})') from None
+        raise CorruptCheckpointError(f'{path}: damaged, or cut off ({str(error)[:100]})') from None
 
 
 def file_digest(path: str) -> str:
@@ -518,7 +518,7 @@ def read_folder(
     path: str, optimizer: bool = True, lazy: bool = False, into: GPT | None = None
 ) -> dict[str, Any]:
     """The state in a folder; `lazy`: without its tensors. `into` a sharded model: its weights are read in place, and optimizer
-    states cut likewise; all processes of the default group call it then, and each reads its part. Raises Damaged."""
+    states cut likewise; all processes of the default group call it then, and each reads its part. Raises CorruptCheckpointError."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
     from torch.distributed.checkpoint import load as read
 
@@ -526,7 +526,7 @@ def read_folder(
         with open(os.path.join(path, REST), encoding='utf-8') as f:
             rest = json.load(f)
         if lazy:
-            return together({}, rest)
+            return unflatten_state({}, rest)
         reader = HuggingFaceStorageReader(path)
         own: dict[str, Any] = {} if into is None else into.state_dict()
         tensors: dict[str, torch.Tensor] = {}
@@ -552,13 +552,13 @@ def read_folder(
         Exception,
         CheckpointException,
     ) as error:  # a damaged or foreign folder can fail anywhere in the reader
-        raise Damaged(
+        raise CorruptCheckpointError(
             f'{path}: damaged or not a checkpoint ({type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]})'
         ) from None
-    return together(tensors, rest)
+    return unflatten_state(tensors, rest)
 
 
-def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def flatten_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A state as tensors by name (`model.NAME`, `optimizer.adamw.NAME.exp_avg`) and the rest, which JSON can hold.
 
     Raises UserError if the optimizer states belong to no parameter of the model.
@@ -602,7 +602,7 @@ def apart(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return {k: t.detach() for k, t in tensors.items()}, rest
 
 
-def together(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+def unflatten_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """The state that `apart` took apart."""
     model = {k.removeprefix('model.'): t for k, t in tensors.items() if k.startswith('model.')}
     model |= {name: model[same] for name, same in rest.get('tied', {}).items() if model}
@@ -764,7 +764,7 @@ def main() -> None:
                     if load(path)
                     else ''
                 )
-            except Damaged as error:
+            except CorruptCheckpointError as error:
                 damaged.append(str(error))
         if damaged:
             raise UserError('; '.join(damaged))

@@ -164,7 +164,7 @@ def write_dataset(
     return meta
 
 
-def write_whole(path: str, content: Any) -> None:
+def atomic_write(path: str, content: Any) -> None:
     """Write bytes, or those of an open file, to `path`: whole or not at all, and on the disk to stay. Raises OSError."""
     with open(path + '.tmp', 'wb') as f:
         shutil.copyfileobj(content, f, 1 << 24) if hasattr(content, 'read') else f.write(content)
@@ -219,7 +219,7 @@ def token_files(folder: str, name: str) -> list[str]:
 
 
 class Split:
-    """One split of a dataset folder: `n_windows` windows of `block_size` + 1 tokens each.
+    """One split of a dataset folder: `n_sequences` windows of `block_size` + 1 tokens each.
 
     Of numbered shards, those alone whose number modulo `groups` is `group`: other machines may hold the others.
     Raises UserError if there is no such file, or it is empty, of odd size, or (for training) shorter than one window.
@@ -268,12 +268,12 @@ class Split:
             for s in self.shards
         ]
         self.first = np.cumsum([0, *counts])  # window numbers at which the shards begin
-        self.n_windows = int(self.first[-1])
+        self.n_sequences = int(self.first[-1])
         if self.n_tokens < 2:
             raise UserError(
                 f'{paths[0]}: a single token has nothing to predict; prepare the dataset with more text'
             )
-        if self.n_windows == 0 and name == 'train':
+        if self.n_sequences == 0 and name == 'train':
             raise UserError(
                 f'{paths[0]}: {self.n_tokens} tokens are fewer than one window of block_size + 1 = {block_size + 1}: '
                 'use more text or a smaller --block_size'
@@ -284,9 +284,9 @@ class Split:
         rows = np.arange(first, first + count)
         window = np.empty(count, dtype=np.int64)
         offset = np.empty(count, dtype=np.int64)
-        for epoch in range(first // self.n_windows, (first + count - 1) // self.n_windows + 1):
-            here = rows // self.n_windows == epoch
-            window[here] = permute(rows[here] % self.n_windows, self.n_windows, self.seed, epoch)
+        for epoch in range(first // self.n_sequences, (first + count - 1) // self.n_sequences + 1):
+            here = rows // self.n_sequences == epoch
+            window[here] = permute(rows[here] % self.n_sequences, self.n_sequences, self.seed, epoch)
             offset[here] = epoch_offset(self.seed, epoch)
         shard = np.searchsorted(self.first, window, side='right') - 1
         tokens = np.empty((count, self.block_size + 1), dtype=np.int64)
@@ -301,7 +301,7 @@ class Split:
         self.check_ids(tokens)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def eval_windows(self, limit: int | None = None) -> int:
+    def eval_sequences(self, limit: int | None = None) -> int:
         """How many windows evaluation reads: the whole split, or `limit` of them."""
         whole = int(self._eval_first()[-1])
         return whole if limit is None else min(limit, whole)
@@ -319,7 +319,7 @@ class Split:
         without any target, so that all have as many batches.
         """
         first = self._eval_first()
-        n = self.eval_windows(limit)
+        n = self.eval_sequences(limit)
         places = np.arange(rank, -(-n // world_size) * world_size, world_size)
         chosen = np.where(places < n, places * first[-1] // n, -1)
         for at in range(0, len(chosen), batch_size):
@@ -535,7 +535,7 @@ def shown(path: str) -> str:
         return path
 
 
-def song_head(
+def song_header(
     artist: str = '', album: str = '', year: str | int | None = '', title: str = ''
 ) -> str:
     """The lines that stand before a song's words, and begin a prompt for one; what is not known is left out."""

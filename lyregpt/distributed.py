@@ -24,7 +24,7 @@ from model import GPT
 T = TypeVar('T')
 
 
-class Team:
+class Distributed:
     """The processes of this run, by torchrun's environment: `rank` of `size`, and `local_rank` on this machine.
 
     `minutes` is how long one waits for the others before it gives up. `alone` makes one process a group too, which FSDP2 needs.
@@ -38,7 +38,7 @@ class Team:
             int(os.environ.get(k, d))
             for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0))
         )
-        self.main = self.rank == 0  # this one writes files and speaks
+        self.is_main = self.rank == 0  # this one writes files and speaks
         # said by whoever knows: after the loss of a machine the others count no restart
         self.restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
         try:
@@ -57,7 +57,7 @@ class Team:
             nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
             where: dict[str, Any] = {'timeout': timedelta(minutes=minutes)}
             if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-                store = dist.HashStore() if self.size == 1 else meet(self.rank, self.size, minutes)
+                store = dist.HashStore() if self.size == 1 else rendezvous(self.rank, self.size, minutes)
                 where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
             if (
                 dist.is_initialized()
@@ -67,15 +67,15 @@ class Team:
             self.files = dist.new_group(
                 backend='gloo', timeout=timedelta(minutes=minutes + 60)
             )  # disks may be slow
-        self.restarted = bool(self.most(self.restarted)[0])
+        self.restarted = bool(self.all_reduce_max(self.restarted)[0])
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, added up over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, *numbers: float) -> list[float]:
+    def all_reduce_max(self, *numbers: float) -> list[float]:
         """The largest value of each number on any process; the same on all of them."""
         if self.size == 1:
             return list(numbers)
@@ -83,10 +83,10 @@ class Team:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return agreed.tolist()
 
-    def told(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work()` gives on the first process, told to all. If it raises a UserError, the others exit with its status."""
         box: list[Any] = [None, '']
-        if self.main:
+        if self.is_main:
             try:
                 box[0] = work()
             except UserError as error:
@@ -99,7 +99,7 @@ class Team:
 
     def fail(self, message: str) -> None:
         """Raise UserError on the first process; the others, which know the same, exit without repeating it."""
-        if self.main:
+        if self.is_main:
             raise UserError(message)
         time.sleep(
             2
@@ -131,7 +131,7 @@ def shares(rows: int, rank: int, size: int, micro: int) -> list[tuple[int, int]]
     ]
 
 
-def meet(rank: int, size: int, minutes: float) -> dist.Store:
+def rendezvous(rank: int, size: int, minutes: float) -> dist.Store:
     """A store that the processes of this very attempt share, and nobody else.
 
     torchrun keeps one store for all attempts, and what the processes of an earlier one left there (addresses, ports) leads
@@ -172,7 +172,7 @@ def lost_contact(error: BaseException) -> str:
     return (text.strip().splitlines() or [type(error).__name__])[0][:200] if ours else ''
 
 
-def shard(model: GPT, team: Team, dtype: torch.dtype, cpu_offload: bool = False) -> None:
+def shard(model: GPT, team: Distributed, dtype: torch.dtype, cpu_offload: bool = False) -> None:
     """Cut the weights, in place, over the team (FSDP2, Zhao et al. 2023; ZeRO stage 3, Rajbhandari et al. 2020).
 
     `model` is on the meta device, and has memory for this process's parts alone after `materialize`. Blocks are gathered one

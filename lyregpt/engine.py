@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from lyregpt.tokenizer import Tokenizer
-from model import GPT, KVCache, draw
+from model import GPT, KVCache, sample_token
 
 CHUNK = 256  # prompt tokens read between two steps: a long prompt must not make the others wait
 KEYS = 64
 
 
 @dataclass
-class Piece:
+class Delta:
     """What became certain of a row in one step: text, the tokens behind it, and how the row ended, if it did."""
 
     text: str = ''
@@ -57,7 +57,7 @@ class Row:
     )
     echo: str = ''  # the prompt as text, to be given out before what is written
     score: int = 0  # with logprobs: tell those of so many prompt tokens too, the last ones
-    avoid: Any = None  # an originality.Avoid: what must not be copied
+    avoid: Any = None  # an originality.CopyFilter: what must not be copied
     tag: Any = None  # the caller's own
 
     written: list[int] = field(default_factory=list)
@@ -74,25 +74,25 @@ class Row:
     )  # token reports of text that is held
 
 
-class Full(Exception):
+class QueueFullError(Exception):
     """There are too many waiting rows already."""
 
 
-class Ended(Exception):
+class EngineStoppedError(Exception):
     """Nobody writes any more."""
 
 
 class Engine:
     """Writes all submitted rows in `run()`, which is for a thread of its own; the other methods are for any.
 
-    At most `max_batch` rows write at once, `max_queue` wait for a place. `deliver` gets a list of (row, Piece) after each step.
+    At most `max_batch` rows write at once, `max_queue` wait for a place. `deliver` gets a list of (row, Delta) after each step.
     """
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        deliver: Callable[[list[tuple[Row, Piece]]], Any],
+        deliver: Callable[[list[tuple[Row, Delta]]], Any],
         max_batch: int = 64,
         max_queue: int = 256,
     ):
@@ -108,7 +108,7 @@ class Engine:
         self.active: list[Row] = []  # row i has place i in the cache
         self.changed = threading.Condition()
         self.running, self.stopping = True, False  # not running: it has ended, and takes no more
-        self.events: list[tuple[Row, Piece]] = []
+        self.events: list[tuple[Row, Delta]] = []
         self.read_ids: list[
             int
         ] = []  # what `reader` has read, and the logits behind it: n samples of one prompt read it once
@@ -129,13 +129,13 @@ class Engine:
     def submit(self, rows: Sequence[Row]) -> None:
         """Have the rows written, in order of arrival.
 
-        Raises Full if they would be more than `max_queue` waiting ones, Ended after `run()`.
+        Raises QueueFullError if they would be more than `max_queue` waiting ones, EngineStoppedError after `run()`.
         """
         with self.changed:
             if not self.running:
-                raise Ended
+                raise EngineStoppedError
             if len(self.rows) + len(rows) > self.max_batch + self.max_queue:
-                raise Full
+                raise QueueFullError
             self.rows.update(rows)
             self.queue.extend(rows)
             self.changed.notify()
@@ -172,7 +172,7 @@ class Engine:
             rows = list(self.rows)
             for here in (self.rows, self.active, self.queue):
                 here.clear()
-        self.events += [(row, Piece(finish='error', error=why)) for row in rows]
+        self.events += [(row, Delta(finish='error', error=why)) for row in rows]
 
     def tell(self) -> None:
         """Deliver what has come together."""
@@ -257,7 +257,7 @@ class Engine:
                 )
                 row.seen[[i for i in row.prompt if i < self.tokenizer.vocab_size]] = True
             if row.echo or row.waiting:
-                self.events.append((row, Piece(row.echo, row.waiting)))
+                self.events.append((row, Delta(row.echo, row.waiting)))
                 row.given, row.waiting = len(row.echo), []
         n = len(self.active)
         if max(2, n + 1) > self.cache.data.size(2):
@@ -347,7 +347,7 @@ class Engine:
         for options, members in groups.items():
             chance = torch.tensor([next(rows[i].chances) for i in members], device=self.device)
             for i, token in zip(
-                members, draw(torch.cat([own[i] for i in members]), chance, *options).tolist()
+                members, sample_token(torch.cat([own[i] for i in members]), chance, *options).tolist()
             ):
                 tokens[i] = token
         for i, (row, token) in enumerate(zip(rows, tokens)):
@@ -392,7 +392,7 @@ class Engine:
             )
         if finish:
             self.rows.discard(row)
-        piece = Piece(row.held[: len(row.held) - keep], finish=finish)
+        piece = Delta(row.held[: len(row.held) - keep], finish=finish)
         row.held = row.held[len(row.held) - keep :]
         row.given += len(piece.text)
         while row.waiting and (finish or row.waiting[0]['offset'] < row.given or not keep):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from lyregpt import checkpoint
-from lyregpt.dataset import write_whole
+from lyregpt.dataset import atomic_write
 from lyregpt.report import METRICS, read_sessions
 from lyregpt.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class Log:
         path = os.path.join(config.out_dir, 'metrics.csv')
         try:
             os.makedirs(config.out_dir, exist_ok=True)
-            moved = '' if resuming else put_aside(config.out_dir)
+            moved = '' if resuming else archive_run(config.out_dir)
             kept = []
             if resuming and os.path.exists(path):
                 with open(path, encoding='utf-8', newline='') as f:
@@ -58,7 +58,7 @@ class Log:
                 'a' if resuming else 'w',
                 encoding='utf-8',
             )
-            write_whole(
+            atomic_write(
                 os.path.join(config.out_dir, 'config.json'),
                 json.dumps(dataclasses.asdict(config), indent=1).encode(),
             )
@@ -119,7 +119,7 @@ class Log:
         """Put facts about this start of the run into run.json."""
         self.sessions[-1] |= facts
         with contextlib.suppress(OSError):
-            write_whole(
+            atomic_write(
                 os.path.join(self.out_dir, 'run.json'), json.dumps(self.sessions, indent=1).encode()
             )
 
@@ -141,7 +141,7 @@ class Log:
                     closing()
 
 
-def put_aside(out_dir: str) -> str:
+def archive_run(out_dir: str) -> str:
     """Move an earlier run's files to out_dir/earlier (earlier-2 …), so that starting anew by mistake loses nothing; '' if there are none.
 
     The spare checkpoint goes first and ckpt.pt next: killed at any instant, what is left is the whole old run, or nothing to resume.

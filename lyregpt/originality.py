@@ -513,7 +513,7 @@ def beginnings_behind(
     return frozenset(token for way in ways for token in spelling.beginnings(way, following))
 
 
-class Avoid:
+class CopyFilter:
     """Keeps one row of `GPT.generate(avoid=…)` from ever writing `n` words in a row that stand so in the training split.
 
     A word that would complete such a run is not begun: behind the last n - 1 words, tokens are banned that spell the beginning, or

@@ -31,7 +31,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
 from configurator import UserError, check_name, convert, help_text
-from lyregpt.dataset import write_whole
+from lyregpt.dataset import atomic_write
 from lyregpt.tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces
@@ -303,7 +303,7 @@ class Session:
                 f'{path} exists and stays as it is: name another, or /save alone for {free}'
             )
         try:
-            write_whole(path, (text.whole.rstrip('\n') + '\n').encode('utf-8', 'replace'))
+            atomic_write(path, (text.whole.rstrip('\n') + '\n').encode('utf-8', 'replace'))
         except OSError as error:
             raise UserError(f'{path}: cannot be written: {error.strerror}') from None
         self.say(f'saved as {path}', 'dim')

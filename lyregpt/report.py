@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from configurator import UserError, configure, run
-from lyregpt.dataset import write_whole
+from lyregpt.dataset import atomic_write
 
 METRICS = (
     'step',
@@ -902,7 +902,7 @@ def write(out_dir: str) -> str:
     """Write out_dir/report.html, whole or not at all; returns its path. Raises UserError if there is nothing to tell, OSError if it cannot be written."""
     path = os.path.join(out_dir, 'report.html')
     try:
-        write_whole(path, page(read_run(out_dir)).encode('utf-8', 'replace'))
+        atomic_write(path, page(read_run(out_dir)).encode('utf-8', 'replace'))
     except ImportError as error:
         raise UserError(
             f'{path}: {error.name} is not installed: pip install -r requirements.txt'

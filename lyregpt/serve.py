@@ -43,8 +43,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configurator import UserError, configure, run
 from lyregpt import originality, report
-from lyregpt.dataset import folder_of, song_head, token_files
-from lyregpt.engine import Ended, Engine, Full, Piece, Row
+from lyregpt.dataset import folder_of, song_header, token_files
+from lyregpt.engine import EngineStoppedError, Engine, QueueFullError, Delta, Row
 from model import GPT
 from sample import SampleConfig, load_trained
 
@@ -192,7 +192,7 @@ EXPECTED = {  # of fields that may be several things, whose own errors speak of 
 }
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """An error for the client, as OpenAI's API words it."""
 
     def __init__(
@@ -216,9 +216,9 @@ class Refusal(Exception):
         return JSONResponse(self.body, self.status, own | (headers or {}))
 
 
-def failure(error: Exception) -> Refusal:
+def failure(error: Exception) -> ApiError:
     """What a client hears of a fault of ours."""
-    return Refusal(500, f'the server failed: {type(error).__name__}')
+    return ApiError(500, f'the server failed: {type(error).__name__}')
 
 
 class Gate:
@@ -239,11 +239,11 @@ class Gate:
         refusal = None
         size = int(told) if told.isdigit() else 0
         if self.hosts and host not in self.hosts:
-            refusal = Refusal(400, f'the host {host!r} is not this machine', code='invalid_host')
+            refusal = ApiError(400, f'the host {host!r} is not this machine', code='invalid_host')
         elif self.key and scope['path'].startswith(('/v1', '/runs')):
             given = headers.get(b'authorization', b'').removeprefix(b'Bearer ')
             if not secrets.compare_digest(given, self.key.encode()):
-                refusal = Refusal(
+                refusal = ApiError(
                     401,
                     'the API key is missing or wrong: send it as "Authorization: Bearer KEY"',
                     code='invalid_api_key',
@@ -257,7 +257,7 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), None if whole else PATIENCE)
             except asyncio.TimeoutError:
-                refusal = Refusal(408, f'the request did not come to an end within {PATIENCE} s')
+                refusal = ApiError(408, f'the request did not come to an end within {PATIENCE} s')
                 raise
             size, whole = size + len(message.get('body', b'')), not message.get('more_body')
             if size > self.most:
@@ -274,9 +274,9 @@ class Gate:
         if refusal:
             await refusal.response({'Connection': 'close'})(scope, receive, send)
 
-    def too_large(self) -> Refusal:
+    def too_large(self) -> ApiError:
         """The answer to a body of more than `max_body` bytes: status 413."""
-        return Refusal(
+        return ApiError(
             413, f'the request is larger than {self.most} bytes', code='request_too_large'
         )
 
@@ -330,7 +330,7 @@ class Writer:
             'originality': has_training_split(self.dataset),
         }
 
-    def deliver(self, events: list[tuple[Row, Piece]]) -> None:
+    def deliver(self, events: list[tuple[Row, Delta]]) -> None:
         """Hand a step's pieces to those who wait for them, in the server's thread."""
         assert self.loop is not None
 
@@ -344,10 +344,10 @@ class Writer:
     def training_words(self) -> 'Future[originality.Index]':
         """The index of the training split, to be waited for: built, when it is first asked for, in a thread that ends with the program.
 
-        Raises Refusal.
+        Raises ApiError.
         """
         if not self.described['originality']:
-            raise Refusal(
+            raise ApiError(
                 400,
                 'the training split of this model is not at hand, so copying cannot be told',
                 'originality',
@@ -361,7 +361,7 @@ class Writer:
                     future.set_result(originality.index_of({}, self.dataset))
                 except Exception as error:
                     future.set_exception(
-                        Refusal(400, str(error), 'originality')
+                        ApiError(400, str(error), 'originality')
                         if isinstance(error, UserError)
                         else error
                     )
@@ -394,7 +394,7 @@ class Writer:
                 logprobs=ask.logprobs,
                 echo=text if ask.echo else '',
                 score=own if ask.echo and ask.logprobs is not None else 0,
-                avoid=originality.Avoid(index, self.tokenizer, ask.avoid_copying, text)
+                avoid=originality.CopyFilter(index, self.tokenizer, ask.avoid_copying, text)
                 if ask.avoid_copying
                 else None,
                 tag=to,
@@ -403,15 +403,15 @@ class Writer:
         ]
 
     def prompts(self, ask: Completion) -> list[tuple[list[int], int, str]]:
-        """Of each prompt the token ids, how many of them (the last ones) were asked for, and those as text. Raises Refusal."""
-        head = song_head(ask.artist, ask.album, '', ask.title)
+        """Of each prompt the token ids, how many of them (the last ones) were asked for, and those as text. Raises ApiError."""
+        head = song_header(ask.artist, ask.album, '', ask.title)
         asked: list[Any] = (
             [ask.prompt or ''] if isinstance(ask.prompt or '', str) else list(ask.prompt or [])
         )
         if isinstance(asked[0], int):
             asked = [asked]
         if len(asked) * (ask.n or 1) > max(self.config.max_batch, self.config.max_queue):
-            raise Refusal(
+            raise ApiError(
                 400,
                 f'{len(asked)} prompts × n={ask.n or 1}: more texts than this server takes at once',
                 'n',
@@ -440,7 +440,7 @@ class Writer:
                         ) :
                     ]
                 if len(ids) > size:
-                    raise Refusal(
+                    raise ApiError(
                         400,
                         f'the prompt has {len(ids)} tokens, the context {size}: shorten it, or send truncate_prompt_tokens=-1 to keep its end',
                         'prompt',
@@ -449,13 +449,13 @@ class Writer:
                 asked_for = min(len(own), len(ids))
                 found.append((ids, asked_for, self.tokenizer.decode(ids[len(ids) - asked_for :])))
             except UserError as error:
-                raise Refusal(400, str(error), 'prompt') from None
+                raise ApiError(400, str(error), 'prompt') from None
         return found
 
     def check(self, ask: Completion) -> None:
-        """What a look at the fields alone cannot tell. Raises Refusal."""
+        """What a look at the fields alone cannot tell. Raises ApiError."""
         if ask.model not in (None, self.name):
-            raise Refusal(
+            raise ApiError(
                 404,
                 f'the model {ask.model!r} is not here; there is {self.name!r}',
                 'model',
@@ -463,15 +463,15 @@ class Writer:
             )
         most = self.config.max_new_tokens
         if (ask.max_tokens or 0) > most:
-            raise Refusal(
+            raise ApiError(
                 400, f'max_tokens={ask.max_tokens}: expected {most} at most', 'max_tokens'
             )
         if ask.best_of not in (None, ask.n or 1):
-            raise Refusal(400, 'best_of is not supported: leave it out, or let it be n', 'best_of')
+            raise ApiError(400, 'best_of is not supported: leave it out, or let it be n', 'best_of')
         if ask.stream_options is not None and not ask.stream:
-            raise Refusal(400, 'stream_options: expected with stream=true only', 'stream_options')
+            raise ApiError(400, 'stream_options: expected with stream=true only', 'stream_options')
         if ask.avoid_copying == 1:
-            raise Refusal(
+            raise ApiError(
                 400, 'avoid_copying=1: expected 2 or more words, or 0 for off', 'avoid_copying'
             )
 
@@ -497,7 +497,7 @@ def judge(index: originality.Index, prompt: str, written: str, echo: str) -> dic
 async def pieces(
     writer: Writer, rows: list[Row], prompts: list[str], index: originality.Index | None
 ) -> AsyncIterator[dict[str, Any]]:
-    """Elements of an answer's `choices` as they become certain, until all rows have ended. Raises Refusal if the model fails."""
+    """Elements of an answer's `choices` as they become certain, until all rows have ended. Raises ApiError if the model fails."""
     number = {row: i for i, row in enumerate(rows)}
     texts = [''] * len(rows)
     left = len(rows)
@@ -506,7 +506,7 @@ async def pieces(
             row, piece = await rows[0].tag.get()
             i, told = number[row], None
             if piece.finish == 'error':
-                raise Refusal(499 if piece.error == GONE else 500, piece.error)
+                raise ApiError(499 if piece.error == GONE else 500, piece.error)
             if piece.tokens:
                 told = {
                     'tokens': [t['token'] for t in piece.tokens],
@@ -642,33 +642,33 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     def invalid(request: Request, error: Any) -> JSONResponse:
         first = error.errors()[0]
         if first['type'] == 'json_invalid':
-            return refuse(request, Refusal(400, f'the body is not JSON: {first["ctx"]["error"]}'))
+            return refuse(request, ApiError(400, f'the body is not JSON: {first["ctx"]["error"]}'))
         where = [str(part) for part in first['loc'] if part != 'body']
         name = where[0] if where else None
         if first['type'] == 'extra_forbidden':
             return refuse(
-                request, Refusal(400, f'unknown field {name!r}', name, 'unknown_parameter')
+                request, ApiError(400, f'unknown field {name!r}', name, 'unknown_parameter')
             )
         text = (
             f'{name}: {EXPECTED.get(name, first["msg"])}'
             if name
             else 'the body: expected a JSON object, sent as application/json'
         )
-        return refuse(request, Refusal(400, text, name))
+        return refuse(request, ApiError(400, text, name))
 
-    app.add_exception_handler(Refusal, refuse)
+    app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, lambda request, error: refuse(request, failure(error)))
     app.add_exception_handler(
         HTTPException,
         lambda request, error: refuse(
-            request, Refusal(error.status_code, f'{request.url.path}: {error.detail}')
+            request, ApiError(error.status_code, f'{request.url.path}: {error.detail}')
         ),
     )
 
     def model() -> Writer:
         if writer is None:
-            raise Refusal(404, 'no model is served here, only the runs', 'model', 'model_not_found')
+            raise ApiError(404, 'no model is served here, only the runs', 'model', 'model_not_found')
         return writer
 
     errors: Any = {
@@ -689,14 +689,14 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
         rows = await asyncio.to_thread(writer.rows, ask, prompts, index, asyncio.Queue())
         try:
             writer.engine.submit(rows)
-        except Full:
-            raise Refusal(
+        except QueueFullError:
+            raise ApiError(
                 503,
                 f'{config.max_queue} texts are waiting already: try again in a moment',
                 code='server_overloaded',
             ) from None
-        except Ended:
-            raise Refusal(503, 'the server is stopping') from None
+        except EngineStoppedError:
+            raise ApiError(503, 'the server is stopping') from None
         starts = [text for _, _, text in prompts for _ in range(ask.n or 1)]
         coming = pieces(writer, rows, starts, index if ask.originality else None)
         head = {
@@ -734,7 +734,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
                 if (ask.stream_options or {}).get('include_usage'):
                     yield f'data: {json.dumps(head | {"choices": [], "usage": describe_usage(rows, ask.n or 1)})}\n\n'
                 yield 'data: [DONE]\n\n'
-            except Refusal as refusal:
+            except ApiError as refusal:
                 yield f'data: {json.dumps(refusal.body)}\n\n'
             except Exception as error:  # the client is told before the server's log has the rest
                 yield f'data: {json.dumps(failure(error).body)}\n\n'
@@ -755,13 +755,13 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     @app.get('/v1/models/{name}', responses=errors)
     async def one_model(name: str) -> dict[str, Any]:
         if name != model().name:
-            raise Refusal(404, f'the model {name!r} is not here', 'model', 'model_not_found')
+            raise ApiError(404, f'the model {name!r} is not here', 'model', 'model_not_found')
         return model().described
 
     @app.get('/health', responses=errors)
     async def health() -> dict[str, Any]:
         if writer and not writer.engine.running:
-            raise Refusal(503, 'the model has stopped')
+            raise ApiError(503, 'the model has stopped')
         writing, here = (len(writer.engine.active), len(writer.engine.rows)) if writer else (0, 0)
         return {'status': 'ok', 'writing': writing, 'waiting': max(0, here - writing)}
 
@@ -783,7 +783,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
                     'columns': read_curves(folder),
                     'samples': report.read_samples(folder, 100_000)[-3:],
                 }
-        raise Refusal(404, f'there is no run {name!r} here')
+        raise ApiError(404, f'there is no run {name!r} here')
 
     @app.get('/', include_in_schema=False)
     async def index() -> Response:
@@ -807,7 +807,7 @@ async def watch(request: Request, row: Row) -> None:
     """End the request of `row` when its client closes the connection: nobody waits for the answer."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
-    row.tag.put_nowait((row, Piece(finish='error', error=GONE)))
+    row.tag.put_nowait((row, Delta(finish='error', error=GONE)))
 
 
 def main() -> None:

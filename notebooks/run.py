@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from lyregpt.dataset import write_whole  # noqa: E402
+from lyregpt.dataset import atomic_write  # noqa: E402
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -43,7 +43,7 @@ def main() -> None:
     for path in map(Path, sys.argv[1:] or sorted(map(str, HERE.glob('*.ipynb')))):
         text = io.StringIO()
         nbformat.write(execute(path), text)
-        write_whole(str(path), text.getvalue().encode())
+        atomic_write(str(path), text.getvalue().encode())
         print(f'{os.path.relpath(path)}: {path.stat().st_size:,} bytes', flush=True)
 
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 import pytest
 
-from configurator import ALIASES, AMBIGUOUS, UserError, configure, convert_file, given
+from configurator import UserError, configure, given
+from lyregpt.convert_config import ALIASES, AMBIGUOUS, convert_file
 from tests.conftest import ROOT, script
 
 
@@ -213,10 +214,10 @@ def test_other_projects_words_are_ours_and_mean_one_thing():
         and not set(AMBIGUOUS) & (knobs | set(ALIASES))
     )
     listed = (
-        (ROOT / 'configurator.py')
+        (ROOT / 'lyregpt' / 'convert_config.py')
         .read_text(encoding='utf-8')
         .split('ALIASES = {')[1]
-        .split('DATA =')[0]
+        .split('AMBIGUOUS =')[0]
         .split('.items()')[0]
     )
     words = [

@@ -56,7 +56,7 @@ def test_each_epoch_visits_every_window_once(tmp_path, length):
     split = Split(str(tmp_path), 'train', 32)
     offsets = set()
     for epoch in range(20):
-        x, y = split.batch(epoch * split.n_windows, split.n_windows)
+        x, y = split.batch(epoch * split.n_sequences, split.n_sequences)
         assert (y == x + 1).all()
         starts = sorted(x[:, 0])
         assert (np.diff(starts) == 32).all(), 'windows that touch and do not overlap'
@@ -103,8 +103,8 @@ def test_shards_and_headers(tmp_path):
     write_bin(tmp_path / 'train_000001.bin', tokens[:600], header=True)
     write_bin(tmp_path / 'train_000002.bin', tokens[600:])
     split = Split(str(tmp_path), 'train', 16)
-    x, y = split.batch(0, split.n_windows)
-    assert split.n_tokens == 1000 and len(set(x[:, 0])) == split.n_windows and (y == x + 1).all()
+    x, y = split.batch(0, split.n_sequences)
+    assert split.n_tokens == 1000 and len(set(x[:, 0])) == split.n_sequences and (y == x + 1).all()
 
 
 @pytest.mark.parametrize(

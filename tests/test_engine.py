@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lyregpt.engine import CHUNK, Ended, Engine, Full, Row
+from lyregpt.engine import CHUNK, EngineStoppedError, Engine, QueueFullError, Row
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
@@ -160,7 +160,7 @@ def test_cancelled_rows_leave_at_once():
     with Running(build(), max_batch=2, max_queue=4) as running:
         long = submitted(running, [Row([1], max_tokens=10**6, temperature=0) for _ in range(2)])
         waiting = submitted(running, [Row([2], max_tokens=3) for _ in range(4)])
-        with pytest.raises(Full):
+        with pytest.raises(QueueFullError):
             running.engine.submit([Row([3])])
         assert not any(map(running.ended, waiting))
         running.engine.cancel(long)
@@ -274,7 +274,7 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         assert running.texts(submitted(running, [some_row(7)])) == [
             generated(running.engine.model, some_row(7))
         ]
-    with pytest.raises(Ended):
+    with pytest.raises(EngineStoppedError):
         running.engine.submit([Row([1])])
 
 

@@ -307,7 +307,7 @@ def test_windows_that_fit_a_gpu(monkeypatch):
     fit = 1 + int((0.9 * 80e9 - 12e6 - 3e9) / 2e9)
     assert fit == 35
     assert (
-        trainer.windows_that_fit(Model(), 1000, None) == 35
+        trainer.sequences_that_fit(Model(), 1000, None) == 35
     )  # 29 passes of at most 35: equal parts
     peaks = iter((4 * 10**9, 6 * 10**9))
-    assert trainer.windows_that_fit(Model(), 40, None) == 20
+    assert trainer.sequences_that_fit(Model(), 40, None) == 20

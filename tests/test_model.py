@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import model as model_module
 from lyregpt.optim import Muon, configure_optimizers, orthogonalize
 from lyregpt.pretrained import from_pretrained
-from model import GPT, GPTConfig, LinearCrossEntropy, draw
+from model import GPT, GPTConfig, LinearCrossEntropy, sample_token
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50)
 VARIANTS = [
@@ -306,7 +306,7 @@ def naive(model, prompt, n, **options):
         with torch.no_grad():
             logits = model(torch.tensor([row]))[:, -1]
         token = int(
-            draw(
+            sample_token(
                 logits,
                 chances[i % 64 : i % 64 + 1],
                 options.get('temperature', 1.0),
@@ -391,7 +391,7 @@ def test_draw_follows_the_distribution():
         (3, 0.99, [0, 1, 2]),
     ):
         counts = (
-            torch.bincount(draw(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4) / n
+            torch.bincount(sample_token(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4) / n
         )
         expected = torch.zeros(4)
         expected[keep] = (logits[0, keep] / 0.7).softmax(0)

@@ -14,8 +14,8 @@ import torch
 
 from configurator import UserError, configure
 from lyregpt import originality
-from lyregpt.dataset import song_head, write_dataset
-from lyregpt.originality import Avoid, Index, bare, find_words, fold
+from lyregpt.dataset import song_header, write_dataset
+from lyregpt.originality import CopyFilter, Index, bare, find_words, fold
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 from sample import SampleConfig, load_trained, write
@@ -88,7 +88,7 @@ def copied(songs, prompt, written, n):
     [*LINES, "a''b 'c' d' e'f'g’h ''", 'x_y-z’ ’q\nArtist: nobody here\nyear:\n Title: a word', ''],
 )
 def test_words(line):
-    watch = Avoid(None, CharTokenizer('a'), 10**6, '')
+    watch = CopyFilter(None, CharTokenizer('a'), 10**6, '')
     watch._read(line)
     assert [fold(m[0]) for m in find_words(line)] == watch.words == split_words(line)
 
@@ -99,7 +99,7 @@ def test_words_of_any_text():
                'e\u0301', '\u0323', 'ि', '한', '\u11ab', '\u0345']  # fmt: skip
     for _ in range(3000):
         text = ''.join(dice.choices(letters, k=12))
-        watch = Avoid(None, CharTokenizer('a'), 10**6, '')
+        watch = CopyFilter(None, CharTokenizer('a'), 10**6, '')
         watch._read(text)
         words = [fold(m[0]) for m in find_words(text)]
         assert words == watch.words, text
@@ -118,7 +118,7 @@ def test_compare_is_brute_force(tmp_path):
     for turn in range(8):
         words = ['la', 'na', 'Hey', "don't", 'ü'][: 2 + turn % 4]
         songs = [
-            song_head(f'Band {i}', title=f'Song {i}')
+            song_header(f'Band {i}', title=f'Song {i}')
             + ' '.join(dice.choices(words, k=dice.randint(1, 60)))
             for i in range(dice.randint(1, 6))
         ]
@@ -223,7 +223,7 @@ def demo(tmp_path_factory):
     with open(DEMO, encoding='utf-8') as f:
         songs = [json.loads(line) for line in f]
     songs = [
-        song_head(s['artist'], s['album'], s['year'], s['title']) + s['lyrics'] + '\n'
+        song_header(s['artist'], s['album'], s['year'], s['title']) + s['lyrics'] + '\n'
         for s in songs
         if s['lyrics'].strip()
     ]
@@ -395,7 +395,7 @@ def walk(index, tokenizer, n, songs, prompt, dice, steps, avoid=True):
         if isinstance(key, str)
         for t in ts
     }
-    watch, row = Avoid(index, tokenizer, n, prompt), []
+    watch, row = CopyFilter(index, tokenizer, n, prompt), []
     ids = tokenizer.encode(dice.choice(songs))
     at = 0
     for _ in range(steps):
@@ -505,7 +505,7 @@ def test_a_model_that_knows_its_songs_by_heart(tmp_path, demo, kind):
     ):
         prompt = ' '.join(songs[0].split()[: n - 1])[:-1]
         for guarded in (True, False) if n != 5 else (True,):
-            avoid = [Avoid(index, tokenizer, n, prompt) for _ in range(3)] if guarded else None
+            avoid = [CopyFilter(index, tokenizer, n, prompt) for _ in range(3)] if guarded else None
             prompts = [[tokenizer.eot, *tokenizer.encode(prompt)]] * 3
             written = torch.stack(
                 list(
@@ -528,7 +528,7 @@ def test_a_model_that_knows_its_songs_by_heart(tmp_path, demo, kind):
     with pytest.raises(ValueError, match='avoid holds 1'):
         next(model.generate(prompts, 1, avoid=[None]))
     with pytest.raises(UserError, match='avoid_copying=1'):
-        Avoid(index, tokenizer, 1)
+        CopyFilter(index, tokenizer, 1)
 
 
 def test_samples_of_training_end_with_the_document(tmp_path):

@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from lyregpt.dataset import song_head, write_dataset
+from lyregpt.dataset import song_header, write_dataset
 from lyregpt.tokenizer import CharTokenizer
 from tests.conftest import ROOT, tiny
 from train import train
@@ -77,8 +77,8 @@ def site(tmp_path_factory, runs):
     """The address of lyregpt/serve.py with the tiny model."""
     data, out = tmp_path_factory.mktemp('data') / 'lyrics', tmp_path_factory.mktemp('out-tiny')
     songs = [
-        song_head('Griddlemoth', '', '', 'Ledger') + LONG,
-        song_head('Knell', '', '', 'Door') + SHORT,
+        song_header('Griddlemoth', '', '', 'Ledger') + LONG,
+        song_header('Knell', '', '', 'Door') + SHORT,
     ]
     tokenizer = CharTokenizer.train(songs)
     write_dataset(

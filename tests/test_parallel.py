@@ -169,7 +169,7 @@ def test_merge_and_split_lose_nothing(sharded, tmp_path):
         done = script('-m', 'lyregpt', 'checkpoint', *args)
         assert done.returncode == 0 and done.stdout.endswith('written\n'), done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('m.pt', 'n.pt'))
-    a, b = checkpoint.apart(one), checkpoint.apart(two)
+    a, b = checkpoint.flatten_state(one), checkpoint.flatten_state(two)
     assert (
         a[0].keys() == b[0].keys()
         and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
@@ -282,7 +282,7 @@ def test_a_node_needs_only_its_own_shards(tmp_path):
     for number in 1, 3:
         shutil.copy(tmp_path / 'all' / f'words_train_{number:06d}.bin', mine)
     part = Split(str(mine), 'train', 16, 50257, 1337, 1, 2)
-    assert part.n_windows == whole.n_windows
+    assert part.n_sequences == whole.n_sequences
     for step in 0, 7, 400:
         a, b = whole.batch(step, 5)[0], part.batch(step, 5)[0]
         assert np.array_equal(a, b) and set(np.unique(a)) <= {1, 3}

@@ -202,20 +202,25 @@ def test_every_entry_point_imports_threads_before_torch():
         found = []
         for node in ast.parse(path.read_text(encoding='utf-8')).body:
             if isinstance(node, ast.Import):
-                found += [alias.name.partition('.')[0] for alias in node.names]
+                found += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module == 'lyregpt':
+                found += [f'lyregpt.{alias.name}' for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                found.append(str(node.module).partition('.')[0])
+                found.append(str(node.module))
         return found
 
     ours = {path.stem: imported(path) for path in ROOT.glob('*.py')}
+    ours |= {f'lyregpt.{path.stem}': imported(path) for path in (ROOT / 'lyregpt').glob('*.py')}
 
     def brings_torch(name: str) -> bool:
-        return name == 'torch' or name != 'threads' and any(map(brings_torch, ours.get(name, [])))
+        if name.partition('.')[0] == 'torch':
+            return True
+        return name != 'lyregpt.threads' and any(map(brings_torch, ours.get(name, [])))
 
     for name in ENTRY_POINTS:
         order = imported(ROOT / name)
         first = next(i for i, module in enumerate(order) if brings_torch(module))
-        assert 'threads' in order[:first], name
+        assert 'lyregpt.threads' in order[:first], name
 
 
 def threads_in(folder: Path) -> tuple[int, int]:

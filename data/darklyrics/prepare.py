@@ -19,7 +19,7 @@ from lyregpt.dataset import (  # noqa: E402
     pick_split,
     read_jsonl,
     shown,
-    song_head,
+    song_header,
     write_dataset,
 )
 
@@ -65,7 +65,7 @@ def main() -> None:
             if re.sub(
                 r'\[[^\]]*\]', '', words
             ).strip():  # an instrumental has nothing to learn from
-                head = song_head(*(song.get(key) for key in ('artist', 'album', 'year', 'title')))
+                head = song_header(*(song.get(key) for key in ('artist', 'album', 'year', 'title')))
                 yield (
                     pick_split(words, config.val_fraction, config.seed),
                     head + words.strip() + '\n',

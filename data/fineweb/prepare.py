@@ -21,7 +21,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import WAITS, find_files, read_jsonl, read_stream, shown, write_whole  # noqa: E402
+from lyregpt.dataset import WAITS, find_files, read_jsonl, read_stream, shown, atomic_write  # noqa: E402
 from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 KEPT = 'the finished shards are kept, and the same command goes on behind them'
@@ -313,10 +313,10 @@ def link(path: str, shard: str) -> None:
 
 
 def write_file(path: str, content: Any) -> None:
-    """`write_whole`, whose folder may be absent. Raises UserError."""
+    """`atomic_write`, whose folder may be absent. Raises UserError."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        write_whole(path, content)
+        atomic_write(path, content)
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}; {KEPT}') from None
 

@@ -29,7 +29,7 @@ from lyregpt.dataset import (  # noqa: E402
     read_stream,
     shown,
     write_dataset,
-    write_whole,
+    atomic_write,
 )
 
 LEARN_FROM = 100_000_000  # characters that a bpe or wordpiece tokenizer learns from: more hardly changes it, and would fill the memory
@@ -317,7 +317,7 @@ def fetch(config: PrepareConfig, split: str, path: str, notes: dict[str, Any]) -
             f.flush()
             os.fsync(f.fileno())
             notes['bytes'] = os.fstat(f.fileno()).st_size
-            write_whole(path + '.json', json.dumps(notes).encode())
+            atomic_write(path + '.json', json.dumps(notes).encode())
 
         noted = time.monotonic()
         documents = stream(config, split, notes)

@@ -155,7 +155,7 @@ class Bench:
 def differs(a: Path, b: Path) -> str:
     """'' if two out_dirs hold the same weights, optimizer states and figures to the last bit; else what is not the same."""
     one, two = (checkpoint.load(str(p / 'ckpt.pt')) for p in (a, b))
-    tensors = [checkpoint.apart(s) for s in (one, two)]
+    tensors = [checkpoint.flatten_state(s) for s in (one, two)]
     if tensors[0][0].keys() != tensors[1][0].keys():
         return 'names of tensors'
     for name, tensor in tensors[0][0].items():
@@ -372,8 +372,8 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
         return 0, f'nothing could be read: {error}', ''
     if not path.endswith(names[1]):
         return 0, f'{victim.name}: {kind} at {at} of {size} was not noticed', ''
-    expected = checkpoint.apart(checkpoint.load(str(source / 'ckpt.prev.pt')))[0]
-    found = checkpoint.apart(state)[0]
+    expected = checkpoint.flatten_state(checkpoint.load(str(source / 'ckpt.prev.pt')))[0]
+    found = checkpoint.flatten_state(state)[0]
     same = expected.keys() == found.keys() and all(
         torch.equal(a, found[k]) for k, a in expected.items()
     )
