@@ -2,7 +2,7 @@
 
     engine = Engine(model, tokenizer, deliver)    # deliver(events) is called by run(), once a step
     threading.Thread(target=engine.run).start()
-    engine.submit([Row(prompt, max_tokens=100, seed=7)])
+    engine.submit([Request(prompt, max_tokens=100, seed=7)])
 
 Orca (Yu et al. 2022) showed the idea. What a row writes depends on its own prompt, options and seed alone, to the last bit on a
 CPU, whoever else is in the batch: rows are read one at a time, in pieces cut at fixed places; a batch has at least two rows, as
@@ -41,7 +41,7 @@ class Delta:
 
 
 @dataclass(eq=False)
-class Row:
+class Request:
     """One text to write, with its options; the engine's notes on it below."""
 
     prompt: list[int]  # token ids; the last block_size of them are read
@@ -60,7 +60,7 @@ class Row:
     avoid: Any = None  # an originality.CopyFilter: what must not be copied
     tag: Any = None  # the caller's own
 
-    written: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     cancelled: bool = False
     dice: torch.Generator | None = None
     chances: Iterator[float] = iter(())
@@ -92,7 +92,7 @@ class Engine:
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        deliver: Callable[[list[tuple[Row, Delta]]], Any],
+        deliver: Callable[[list[tuple[Request, Delta]]], Any],
         max_batch: int = 64,
         max_queue: int = 256,
     ):
@@ -103,16 +103,16 @@ class Engine:
             max_batch,
             max_queue,
         )
-        self.rows: set[Row] = set()  # all that are here: those that write and those that wait
-        self.queue: deque[Row] = deque()
-        self.active: list[Row] = []  # row i has place i in the cache
+        self.rows: set[Request] = set()  # all that are here: those that write and those that wait
+        self.queue: deque[Request] = deque()
+        self.active: list[Request] = []  # row i has place i in the cache
         self.changed = threading.Condition()
         self.running, self.stopping = True, False  # not running: it has ended, and takes no more
-        self.events: list[tuple[Row, Delta]] = []
+        self.events: list[tuple[Request, Delta]] = []
         self.read_ids: list[
             int
         ] = []  # what `reader` has read, and the logits behind it: n samples of one prompt read it once
-        self.reading: Row | None = None  # for whom, if there is more to read
+        self.reading: Request | None = None  # for whom, if there is more to read
         self.logits: torch.Tensor | None = None
         weight = model.transformer.wte.weight
         self.device, self.dtype = (
@@ -126,7 +126,7 @@ class Engine:
             model.config, first, self.room, self.device, self.dtype
         )  # on a CPU it grows when more write at once
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[Request]) -> None:
         """Have the rows written, in order of arrival.
 
         Raises QueueFullError if they would be more than `max_queue` waiting ones, EngineStoppedError after `run()`.
@@ -140,7 +140,7 @@ class Engine:
             self.queue.extend(rows)
             self.changed.notify()
 
-    def cancel(self, rows: Sequence[Row]) -> None:
+    def cancel(self, rows: Sequence[Request]) -> None:
         """Forget these rows; their places are free before the next token."""
         with self.changed:
             for row in rows:
@@ -209,11 +209,11 @@ class Engine:
         budget = CHUNK
         while self.queue and budget > 0 and len(self.active) < self.max_batch:
             row = self.queue[0]
-            ids, size = row.prompt + row.written, self.model.config.block_size
+            ids, size = row.prompt + row.generated, self.model.config.block_size
             ids = (
                 ids[-size:] if len(ids) <= size else ids[-max(1, size // 2) :]
             )  # a full context keeps its later half, as in generate
-            wants = row.logprobs is not None and row.score > 0 and not row.written
+            wants = row.logprobs is not None and row.score > 0 and not row.generated
             done = len(self.read_ids)
             if (
                 self.read_ids != ids[:done]
@@ -241,7 +241,7 @@ class Engine:
             self.enter(row, len(ids))
             self.queue.popleft()
 
-    def enter(self, row: Row, length: int) -> None:
+    def enter(self, row: Request, length: int) -> None:
         """Give the row the next place in the batch, with what was read, and its first token."""
         if row.dice is None:
             row.dice, row.decode = (
@@ -281,7 +281,7 @@ class Engine:
         assert self.logits is not None
         self.choose([row], self.logits)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: Request) -> None:
         """Free the row's place; the last row moves into it."""
         at, last = self.active.index(row), self.active.pop()
         if last is not row:
@@ -314,7 +314,7 @@ class Engine:
             [[row.place] for row in self.active] + [[0]] * spare, device=self.device
         )
         last = torch.tensor(
-            [[row.written[-1]] for row in self.active] + [[0]] * spare, device=self.device
+            [[row.generated[-1]] for row in self.active] + [[0]] * spare, device=self.device
         )
         logits = self.limit(self.model.next_logits(last, now)[:n])
         for row in self.active:
@@ -325,7 +325,7 @@ class Engine:
         """In fp32, without the padding behind the tokenizer's vocabulary. (rows, V) → (rows, vocab_size)."""
         return logits.float()[:, : self.tokenizer.vocab_size]
 
-    def choose(self, rows: list[Row], logits: torch.Tensor) -> None:
+    def choose(self, rows: list[Request], logits: torch.Tensor) -> None:
         """Draw the next token of each row from logits (rows, V), and give out the text that it completes."""
         own = [logits[i : i + 1] for i in range(len(rows))]
         for i, row in enumerate(rows):
@@ -347,11 +347,12 @@ class Engine:
         for options, members in groups.items():
             chance = torch.tensor([next(rows[i].chances) for i in members], device=self.device)
             for i, token in zip(
-                members, sample_token(torch.cat([own[i] for i in members]), chance, *options).tolist()
+                members,
+                sample_token(torch.cat([own[i] for i in members]), chance, *options).tolist(),
             ):
                 tokens[i] = token
         for i, (row, token) in enumerate(zip(rows, tokens)):
-            row.written.append(token)
+            row.generated.append(token)
             if row.seen is not None:
                 row.seen[token] = True
             if row.avoid:
@@ -361,7 +362,7 @@ class Engine:
                 self.give(row, row.decode(None), finish='stop')
                 self.leave(row)
                 continue
-            ends = len(row.written) >= row.max_tokens
+            ends = len(row.generated) >= row.max_tokens
             text = row.decode(token) + (row.decode(None) if ends else '')
             if row.logprobs is not None:
                 row.waiting.append(
@@ -373,7 +374,7 @@ class Engine:
             if self.events[-1][0] is row and self.events[-1][1].finish:
                 self.leave(row)
 
-    def give(self, row: Row, text: str, finish: str = '') -> None:
+    def give(self, row: Request, text: str, finish: str = '') -> None:
         """Put what is certain now among the step's events: all but a beginning of a stop text, nothing from a whole one on."""
         row.held += text
         found = [at for s in row.stop if (at := row.held.find(s)) >= 0]
@@ -405,7 +406,7 @@ class Engine:
     # Probabilities
 
     def report(
-        self, row: Row, token: int, offset: int, logprob: torch.Tensor | None
+        self, row: Request, token: int, offset: int, logprob: torch.Tensor | None
     ) -> dict[str, Any]:
         """A token's own log probability, as the model has it before temperature and its like, and those of the likeliest."""
         told: dict[str, Any] = {
@@ -431,7 +432,7 @@ class Engine:
         except UnicodeDecodeError:
             return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw)
 
-    def report_prompt(self, row: Row, ids: list[int], start: int, x: torch.Tensor) -> None:
+    def report_prompt(self, row: Request, ids: list[int], start: int, x: torch.Tensor) -> None:
         """Report those of the row's last `score` prompt tokens that the piece x (1, T, C), from token `start` on, foretells."""
         logprobs = self.limit(self.model.lm_head(x[0])).log_softmax(dim=-1)
         first, end = max(0, len(ids) - row.score), min(len(ids), start + x.size(1) + 1)

@@ -34,7 +34,8 @@ from lyregpt import threads  # before torch: it decides how torch's threads wait
 import plotly
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,7 +45,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from configurator import UserError, configure, run
 from lyregpt import originality, report
 from lyregpt.dataset import folder_of, song_header, token_files
-from lyregpt.engine import EngineStoppedError, Engine, QueueFullError, Delta, Row
+from lyregpt.engine import EngineStoppedError, Engine, QueueFullError, Delta, Request
 from model import GPT
 from sample import SampleConfig, load_trained
 
@@ -330,7 +331,7 @@ class Writer:
             'originality': has_training_split(self.dataset),
         }
 
-    def deliver(self, events: list[tuple[Row, Delta]]) -> None:
+    def deliver(self, events: list[tuple[Request, Delta]]) -> None:
         """Hand a step's pieces to those who wait for them, in the server's thread."""
         assert self.loop is not None
 
@@ -375,12 +376,12 @@ class Writer:
         prompts: list[tuple[list[int], int, str]],
         index: Any,
         to: asyncio.Queue,
-    ) -> list[Row]:
+    ) -> list[Request]:
         """A row for each sample of each prompt; sample i is drawn with seed + i, as in sample.py."""
         seed = random.getrandbits(63) if ask.seed is None else ask.seed
         n = ask.n or 1
         return [
-            Row(
+            Request(
                 ids,
                 max_tokens=min(16, self.config.max_new_tokens)
                 if ask.max_tokens is None
@@ -495,7 +496,7 @@ def judge(index: originality.Index, prompt: str, written: str, echo: str) -> dic
 
 
 async def pieces(
-    writer: Writer, rows: list[Row], prompts: list[str], index: originality.Index | None
+    writer: Writer, rows: list[Request], prompts: list[str], index: originality.Index | None
 ) -> AsyncIterator[dict[str, Any]]:
     """Elements of an answer's `choices` as they become certain, until all rows have ended. Raises ApiError if the model fails."""
     number = {row: i for i, row in enumerate(rows)}
@@ -532,9 +533,9 @@ async def pieces(
         writer.engine.cancel(rows)
 
 
-def describe_usage(rows: list[Row], n: int) -> dict[str, int]:
+def describe_usage(rows: list[Request], n: int) -> dict[str, int]:
     """Tokens read and written; a prompt counts once, however many samples it has."""
-    read, written = sum(len(row.prompt) for row in rows[::n]), sum(len(row.written) for row in rows)
+    read, written = sum(len(row.prompt) for row in rows[::n]), sum(len(row.generated) for row in rows)
     return {'prompt_tokens': read, 'completion_tokens': written, 'total_tokens': read + written}
 
 
@@ -636,10 +637,10 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     )  # their pages would load scripts from elsewhere
     app.add_middleware(Gate, config=config)
 
-    def refuse(request: Request, refusal: Any) -> JSONResponse:
+    def refuse(request: HttpRequest, refusal: Any) -> JSONResponse:
         return refusal.response()
 
-    def invalid(request: Request, error: Any) -> JSONResponse:
+    def invalid(request: HttpRequest, error: Any) -> JSONResponse:
         first = error.errors()[0]
         if first['type'] == 'json_invalid':
             return refuse(request, ApiError(400, f'the body is not JSON: {first["ctx"]["error"]}'))
@@ -677,7 +678,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     }
 
     @app.post('/v1/completions', responses=errors)
-    async def completions(ask: Completion, request: Request) -> Response:
+    async def completions(ask: Completion, request: HttpRequest) -> Response:
         writer = model()
         writer.check(ask)
         prompts = await asyncio.to_thread(writer.prompts, ask)
@@ -803,7 +804,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     return app
 
 
-async def watch(request: Request, row: Row) -> None:
+async def watch(request: HttpRequest, row: Request) -> None:
     """End the request of `row` when its client closes the connection: nobody waits for the answer."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)

@@ -44,7 +44,7 @@ from configurator import UserError, configure, run  # noqa: E402
 from lyregpt import checkpoint  # noqa: E402
 from lyregpt.dataset import split_text, write_dataset  # noqa: E402
 from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
-from lyregpt.engine import Engine, Row  # noqa: E402
+from lyregpt.engine import Engine, Request  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
@@ -285,7 +285,7 @@ def batch_invariance(check: Check) -> str:
         GPT(shape).to(check.device, dtype).eval().quantize()
     )  # as lyregpt/serve.py has it: with packed weights on a CPU
 
-    def generated(number: int, rows: list[Row]) -> list[list[int]]:
+    def generated(number: int, rows: list[Request]) -> list[list[int]]:
         done: set[int] = set()
         engine = Engine(
             model,
@@ -297,10 +297,10 @@ def batch_invariance(check: Check) -> str:
         with torch.inference_mode():
             while len(done) < number:
                 engine.work()
-        return [row.written for row in rows]
+        return [row.generated for row in rows]
 
-    def request(i: int) -> Row:
-        return Row(
+    def request(i: int) -> Request:
+        return Request(
             [1 + i % 5] * (1 + 15 * i), max_tokens=40 + i, temperature=(0.0, 1.0)[i % 2], seed=i
         )
 

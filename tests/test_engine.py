@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lyregpt.engine import CHUNK, EngineStoppedError, Engine, QueueFullError, Row
+from lyregpt.engine import CHUNK, Engine, EngineStoppedError, QueueFullError, Request
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
@@ -62,7 +62,7 @@ class Running:
 def some_row(i):
     """A row with options of its own; a few prompts are longer than the context, and most texts outgrow it."""
     r = random.Random(i)
-    return Row(
+    return Request(
         [TOKENIZER.eot] + [r.randrange(90) for _ in range(r.randrange(1, 150))],
         max_tokens=r.randrange(5, 130),
         temperature=r.choice([0.7, 1.0, 0.0, 1.3]),
@@ -126,13 +126,13 @@ def test_long_prompts_are_read_in_pieces_and_shared():
     model = build(block_size=2 * CHUNK + 50)
     prompt = [random.Random(3).randrange(90) for _ in range(2 * CHUNK + 20)]
     with Running(model) as running:
-        rows = submitted(running, [Row(prompt, max_tokens=20, seed=i) for i in range(3)])
+        rows = submitted(running, [Request(prompt, max_tokens=20, seed=i) for i in range(3)])
         texts = running.texts(rows)
         longer = running.texts(
-            submitted(running, [Row(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0)])
+            submitted(running, [Request(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0)])
         )
     assert texts == [generated(model, row) for row in rows] and len(set(texts)) == 3
-    assert longer == [generated(model, Row(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0))]
+    assert longer == [generated(model, Request(prompt[: CHUNK + 7] + [1], max_tokens=8, seed=0))]
 
 
 def test_a_long_prompt_does_not_stop_the_others():
@@ -143,7 +143,10 @@ def test_a_long_prompt_does_not_stop_the_others():
         running.engine.model.hidden = lambda idx, cache=None: (
             reading.append(idx.shape[1]) or hidden(idx, cache)
         )
-        first, second = Row([1], max_tokens=200, seed=1), Row([2] * (4 * CHUNK), max_tokens=1)
+        first, second = (
+            Request([1], max_tokens=200, seed=1),
+            Request([2] * (4 * CHUNK), max_tokens=1),
+        )
         running.engine.submit([first])
         time.sleep(0.05)
         running.engine.submit([second])
@@ -158,10 +161,10 @@ def test_a_long_prompt_does_not_stop_the_others():
 
 def test_cancelled_rows_leave_at_once():
     with Running(build(), max_batch=2, max_queue=4) as running:
-        long = submitted(running, [Row([1], max_tokens=10**6, temperature=0) for _ in range(2)])
-        waiting = submitted(running, [Row([2], max_tokens=3) for _ in range(4)])
+        long = submitted(running, [Request([1], max_tokens=10**6, temperature=0) for _ in range(2)])
+        waiting = submitted(running, [Request([2], max_tokens=3) for _ in range(4)])
         with pytest.raises(QueueFullError):
-            running.engine.submit([Row([3])])
+            running.engine.submit([Request([3])])
         assert not any(map(running.ended, waiting))
         running.engine.cancel(long)
         running.wait(waiting)
@@ -171,12 +174,12 @@ def test_cancelled_rows_leave_at_once():
 def test_stop_texts():
     """They end a text wherever they come to lie in the tokens, and nothing from them on is given out."""
     model = build()
-    whole = generated(model, Row([1, 2], max_tokens=80, seed=3))
+    whole = generated(model, Request([1, 2], max_tokens=80, seed=3))
     stop = whole[40:43]
     cut = whole[: whole.find(stop)]
     with Running(model) as running:
         row, other, never = rows = [
-            Row([1, 2], max_tokens=80, seed=3, stop=s, logprobs=1)
+            Request([1, 2], max_tokens=80, seed=3, stop=s, logprobs=1)
             for s in ([stop], ['no such', stop + '!?'], [])
         ]
         assert running.texts(submitted(running, rows)) == [cut, whole, whole]
@@ -194,7 +197,7 @@ def test_probabilities_are_the_models():
     """Of prompt and text, they are log softmax of one pass over the whole."""
     model = build(block_size=300)
     prompt = [TOKENIZER.eot] + TOKENIZER.encode('x' * (CHUNK + 20))
-    row = Row(
+    row = Request(
         prompt,
         max_tokens=10,
         logprobs=3,
@@ -208,11 +211,11 @@ def test_probabilities_are_the_models():
     told = [t for piece in running.pieces[row] for t in piece.tokens]
     with torch.no_grad():
         expected = (
-            model(torch.tensor([prompt + row.written]))[0, :, : TOKENIZER.vocab_size]
+            model(torch.tensor([prompt + row.generated]))[0, :, : TOKENIZER.vocab_size]
             .float()
             .log_softmax(-1)
         )
-    ids = prompt[1:] + row.written
+    ids = prompt[1:] + row.generated
     assert text == ''.join(t['token'] for t in told) and [t['offset'] for t in told] == list(
         range(len(ids))
     )
@@ -239,8 +242,8 @@ def test_a_prompt_is_scored_once():
 
         running.engine.model.hidden = slowly
         other, long = (
-            Row([1], max_tokens=3000, seed=1),
-            Row([2] * (2 * CHUNK), max_tokens=0, logprobs=0, score=2 * CHUNK),
+            Request([1], max_tokens=3000, seed=1),
+            Request([2] * (2 * CHUNK), max_tokens=0, logprobs=0, score=2 * CHUNK),
         )
         running.engine.submit([other])
         while not other.place:
@@ -258,7 +261,7 @@ def test_a_prompt_is_scored_once():
 def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
     with Running(build()) as running:
         step, running.engine.model.next_logits = running.engine.model.next_logits, None
-        broken = submitted(running, [Row([1], max_tokens=5)])
+        broken = submitted(running, [Request([1], max_tokens=5)])
         running.wait(broken)
         assert (
             running.pieces[broken[0]][-1].finish == 'error'
@@ -275,21 +278,21 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
             generated(running.engine.model, some_row(7))
         ]
     with pytest.raises(EngineStoppedError):
-        running.engine.submit([Row([1])])
+        running.engine.submit([Request([1])])
 
 
 def test_a_text_that_ends_within_a_character(monkeypatch):
     bytewise = BPETokenizer.train(['ab'], 257)
     monkeypatch.setattr('tests.test_engine.TOKENIZER', bytewise)
-    rows = [Row([0], max_tokens=4, temperature=2.0, seed=seed) for seed in range(60)]
+    rows = [Request([0], max_tokens=4, temperature=2.0, seed=seed) for seed in range(60)]
     with Running(build(), max_batch=16) as running:
         running.engine.submit(rows)
         texts = running.texts(rows)
     whole = [
-        bytewise.decode(row.written[:-1] if row.written[-1] == bytewise.eot else row.written)
+        bytewise.decode(row.generated[:-1] if row.generated[-1] == bytewise.eot else row.generated)
         for row in rows
     ]
     halves = [bytewise.stream_decoder() for _ in rows]
     assert texts == whole and whole != [
-        ''.join(map(decode, row.written)) for decode, row in zip(halves, rows)
+        ''.join(map(decode, row.generated)) for decode, row in zip(halves, rows)
     ], 'some ended so'

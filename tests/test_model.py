@@ -391,7 +391,10 @@ def test_draw_follows_the_distribution():
         (3, 0.99, [0, 1, 2]),
     ):
         counts = (
-            torch.bincount(sample_token(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4) / n
+            torch.bincount(
+                sample_token(logits.expand(n, 4), chance, 0.7, top_k, top_p), minlength=4
+            )
+            / n
         )
         expected = torch.zeros(4)
         expected[keep] = (logits[0, keep] / 0.7).softmax(0)
