@@ -45,11 +45,13 @@ class SampleConfig:
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
     init_from: str = 'resume'  # resume: the model in out_dir; or gpt2 … gpt2-xl, or a Hugging Face folder (GPT-2, Qwen3; lyregpt/export.py makes them)
+
     # What to continue
     start: str = ''  # the text to continue, or FILE:prompt.txt; '': the beginning of a new document
     artist: str = ''  # for a model of lyrics: a song in the manner of this artist
     album: str = ''  # … from an album of this name
     title: str = ''  # … of this title
+
     # How to write
     num_samples: int = 3  # samples to write, as one batch
     max_new_tokens: int = 500  # tokens in each, unless the document ends before
@@ -67,17 +69,20 @@ class SampleConfig:
         True  # stop where the model ends the document; False: go on with another one
     )
     seed: int = 1337  # sample i is drawn with seed + i
+
     # Is it new
     originality: bool = False  # after each sample, how much of it stands in the training split (see lyregpt/originality.py); json: offsets into prompt + text
     avoid_copying: int | None = (
         None  # never write so many words in a row that stand in the training split; 0 is off, else at least 2
     )
     dataset: str = ''  # where that training split is: a folder, or a name under data/; '': where it was when the model was trained
+
     # How to show it
     json: bool = False  # one JSON object a line and sample, and nothing else
     interactive: bool = (
         False  # write at a prompt, one text after another; /help there lists what it can do
     )
+
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (

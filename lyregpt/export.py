@@ -38,6 +38,7 @@ class ExportConfig:
 
     # Which model
     out_dir: str = 'out'  # a folder that train.py wrote (best.pt is taken before ckpt.pt), or a checkpoint file
+
     # What to make of it
     format: Literal['hf', 'gguf'] = (
         'hf'  # hf: a folder for transformers; gguf: a file for llama.cpp

@@ -78,17 +78,20 @@ class ServeConfig:
         ''  # its training split tells what is copied; '': the one that the model was trained on
     )
     runs_dir: str = '.'  # the page shows every run (a folder with metrics.csv) in here
+
     # Where, and for whom
     host: str = (
         '127.0.0.1'  # this machine only; 0.0.0.0: everyone who can reach it (then set api_key)
     )
     port: int = 8000  # 0: any free one
     api_key: str = ''  # what clients must send as "Authorization: Bearer …"; '': what LYREGPT_API_KEY holds, or nothing
+
     # Limits
     max_batch: int = 64  # texts written at once
     max_queue: int = 256  # texts that wait for a place; more are told to come back (503)
     max_new_tokens: int = 4096  # most tokens of one text
     max_body: int = 1_000_000  # bytes of a request
+
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = (

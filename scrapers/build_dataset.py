@@ -57,6 +57,7 @@ class BuildConfig:
     output: str = (
         'data/darklyrics/lyrics.jsonl'  # where the songs go; the report is written beside it
     )
+
     # What to leave out
     min_lines: int = 2  # songs with fewer lines of words
     similarity: float = 0.7  # songs that share so much of their three-word sequences with another one; 1 leaves exact doubles out only

@@ -74,12 +74,15 @@ class ScrapeConfig:
     max_requests: int = 0  # stop after this many requests; 0: no limit
     base_url: str = 'http://www.darklyrics.com'  # the site, or another one built like it
     refresh: bool = False  # ask again for pages that we have, in case they changed
+
     # What to do instead of fetching lyrics
     list: bool = False  # show what would be fetched; asks for letter and artist pages only
     stats: bool = False  # show what the crawl holds; no request
     parse_only: bool = False  # read the kept pages again; no request
+
     # Where
     crawl_dir: str = 'crawl'  # pages.sqlite, songs.jsonl and report.jsonl go here
+
     # How politely
     delay: float = 5.0  # seconds between two requests; robots.txt may ask for more; slow answers make it longer
     local: bool = False  # the site is on this machine: allows a delay below one second

@@ -42,6 +42,7 @@ class PrepareConfig:
     )
     input: str = ''  # your own copy instead: a file or folder of .jsonl or .parquet with a text field, or of datatrove's .ds
     offline: bool = False  # download nothing
+
     # What is written
     out_dir: str = shown(HERE)  # where the shards go; data/NAME makes it --dataset=NAME
     part: str = '0/1'  # i/n: the i-th of n parts (from 0), for the machine that trains on group i of --shard_groups=n

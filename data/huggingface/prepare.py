@@ -52,6 +52,7 @@ class PrepareConfig:
     revision: str = (
         ''  # its commit on the hub; '': the newest when it is first read, and that one from then on
     )
+
     # What is written
     out_dir: str = (
         ''  # where the token files go; '': data/huggingface-NAME, for --dataset=huggingface-NAME

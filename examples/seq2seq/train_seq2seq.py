@@ -59,10 +59,12 @@ class AnswerConfig:
     init_from: Literal['scratch', 'resume'] = (
         'scratch'  # begin anew, or go on where out_dir's run stopped
     )
+
     # Answering
     line: str = ''  # answer this line with the model in out_dir; not given: train one
     width: int = 5  # answers that beam search follows, and shows
     length_penalty: float = 0.6  # above 0: longer answers are forgiven their lower probability
+
     # Model (see examples/seq2seq/encoder_decoder.py)
     vocab_size: int = 1024  # of the BPE that is trained on the songs
     block_size: int = 48  # most tokens of a line; pairs with a longer one are left out
@@ -71,6 +73,7 @@ class AnswerConfig:
     n_embd: int = 128  # width
     dropout: float = 0.2  # as strong as it is because there is so little text
     norm_first: bool = False  # False: norms behind the sums, as in the paper; True: before the layers, as in the GPT
+
     # Training
     batch_size: int = 32  # pairs a step
     learning_rate: float = 4e-3  # the highest; Adam's betas are the paper's
@@ -84,6 +87,7 @@ class AnswerConfig:
     eval_interval: int = 100  # steps between evaluations, which are checkpoints too
     log_interval: int = 20  # steps between log lines
     eval_only: bool = False  # evaluate the model in out_dir and stop
+
     # Machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     threads: int | Literal['auto'] = (
