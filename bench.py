@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from configurator import UserError, configure, run
 from lyregpt import report
-from lyregpt.dataset import atomic_write
+from lyregpt.text import atomic_write
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # nanoGPT's README, for a CPU

@@ -30,10 +30,10 @@ import torch.nn as nn
 
 from configurator import UserError, configure, run
 from lyregpt import checkpoint
-from lyregpt.dataset import song_header
 from lyregpt.device import can_compile, pick_device, pick_dtype
 from lyregpt.originality import CopyFilter, Index, index_of
 from lyregpt.pretrained import from_pretrained, is_pretrained
+from lyregpt.text import song_header
 from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT, Int8Linear, check_sampling, packed
 

@@ -34,18 +34,10 @@ import torch.nn.functional as F
 import train as trainer
 from configurator import UserError, build, read_config_file
 from lyregpt import ROOT, checkpoint
-from lyregpt.dataset import (
-    Piece,
-    choose_tokenizer,
-    find_files,
-    folder_of,
-    read_documents,
-    read_meta,
-    split_text,
-    write_dataset,
-)
+from lyregpt.dataset import choose_tokenizer, folder_of, read_meta, write_dataset
 from lyregpt.originality import index_of
 from lyregpt.pretrained import is_pretrained
+from lyregpt.text import Piece, find_files, read_documents, split_text
 from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT
 from sample import SampleConfig, begin, load_trained, prompt_text

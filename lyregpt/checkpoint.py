@@ -39,9 +39,10 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError, run
-from lyregpt.dataset import read_meta, sync_folder, atomic_write
+from lyregpt.dataset import read_meta
 from lyregpt.device import is_sharded, local
 from lyregpt.optim import configure_optimizers
+from lyregpt.text import atomic_write, sync_folder
 from lyregpt.tokenizer import Tokenizer, from_state
 from model import GPT, GPTConfig
 

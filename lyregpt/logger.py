@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from configurator import UserError
 from lyregpt import checkpoint
-from lyregpt.dataset import atomic_write
 from lyregpt.report import METRICS, read_sessions
+from lyregpt.text import atomic_write
 from lyregpt.tokenizer import Tokenizer
 
 OF_A_RUN = tuple(

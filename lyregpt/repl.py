@@ -31,7 +31,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
 from configurator import UserError, check_name, convert, help_text
-from lyregpt.dataset import atomic_write
+from lyregpt.text import atomic_write
 from lyregpt.tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces

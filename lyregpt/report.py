@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from configurator import UserError, configure, run
-from lyregpt.dataset import atomic_write
+from lyregpt.text import atomic_write
 
 METRICS = (
     'step',

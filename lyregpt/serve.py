@@ -44,8 +44,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configurator import UserError, configure, run
 from lyregpt import originality, report
-from lyregpt.dataset import folder_of, song_header, token_files
-from lyregpt.engine import EngineStoppedError, Engine, QueueFullError, Delta, Request
+from lyregpt.dataset import folder_of, token_files
+from lyregpt.engine import Delta, Engine, EngineStoppedError, QueueFullError, Request
+from lyregpt.text import song_header
 from model import GPT
 from sample import SampleConfig, load_trained
 
@@ -672,7 +673,9 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
 
     def model() -> Writer:
         if writer is None:
-            raise ApiError(404, 'no model is served here, only the runs', 'model', 'model_not_found')
+            raise ApiError(
+                404, 'no model is served here, only the runs', 'model', 'model_not_found'
+            )
         return writer
 
     errors: Any = {

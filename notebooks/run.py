@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from lyregpt.dataset import atomic_write  # noqa: E402
+from lyregpt.text import atomic_write  # noqa: E402
 
 
 def execute(path: Path) -> nbformat.NotebookNode:

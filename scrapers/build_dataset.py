@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import read_jsonl  # noqa: E402
+from lyregpt.text import read_jsonl  # noqa: E402
 
 FIELDS = ('artist', 'album', 'album_type', 'year', 'track', 'title', 'lyrics', 'url')
 KEEP_FIRST = (

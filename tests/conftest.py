@@ -17,7 +17,8 @@ from lyregpt import threads  # noqa: E402  before torch
 
 # isort: split
 from configurator import configure, run  # noqa: E402
-from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
+from lyregpt.text import split_text  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer, GPT2Tokenizer  # noqa: E402
 from train import TrainConfig, train  # noqa: E402
 

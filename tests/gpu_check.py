@@ -42,9 +42,10 @@ import torch  # noqa: E402
 import bench  # noqa: E402
 from configurator import UserError, configure, run  # noqa: E402
 from lyregpt import checkpoint  # noqa: E402
-from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
 from lyregpt.engine import Engine, Request  # noqa: E402
+from lyregpt.text import split_text  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from train import TrainConfig, train  # noqa: E402

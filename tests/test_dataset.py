@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from lyregpt.dataset import (
-    Split,
-    TokenFile,
-    permute,
-    pick_split,
-    read_meta,
-    read_pieces,
-    read_tokenizer,
-    split_text,
-    write_dataset,
-)
+from lyregpt.dataset import Split, TokenFile, permute, read_meta, read_tokenizer, write_dataset
+from lyregpt.text import pick_split, read_pieces, split_text
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import DEMO, ROOT, mistake, script
 
@@ -385,7 +376,7 @@ def test_downloads_resume_and_are_checked(tmp_path, monkeypatch):
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    from lyregpt.dataset import download
+    from lyregpt.text import download
 
     body, asked = bytes(range(256)) * 1000, []
 

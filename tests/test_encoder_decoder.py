@@ -30,7 +30,7 @@ from train_seq2seq import (
 import lyregpt
 from configurator import UserError, configure
 from lyregpt import checkpoint, export
-from lyregpt.dataset import pick_split
+from lyregpt.text import pick_split
 from lyregpt.tokenizer import from_state
 from tests.conftest import DEMO, ROOT, script
 from train import TrainConfig

@@ -14,8 +14,9 @@ import torch
 
 from configurator import UserError, configure
 from lyregpt import originality
-from lyregpt.dataset import song_header, write_dataset
+from lyregpt.dataset import write_dataset
 from lyregpt.originality import CopyFilter, Index, bare, find_words, fold
+from lyregpt.text import song_header
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 from sample import SampleConfig, load_trained, write

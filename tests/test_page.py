@@ -9,7 +9,8 @@ import urllib.request
 
 import pytest
 
-from lyregpt.dataset import song_header, write_dataset
+from lyregpt.dataset import write_dataset
+from lyregpt.text import song_header
 from lyregpt.tokenizer import CharTokenizer
 from tests.conftest import ROOT, tiny
 from train import train

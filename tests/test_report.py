@@ -15,9 +15,10 @@ import pytest
 
 from configurator import configure
 from lyregpt import report
-from lyregpt.dataset import split_text, write_dataset
+from lyregpt.dataset import write_dataset
 from lyregpt.logger import OF_A_RUN
 from lyregpt.report import METRICS, Run
+from lyregpt.text import split_text
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import ROOT, script, tiny
 from train import TrainConfig, train

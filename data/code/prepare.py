@@ -17,7 +17,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import Piece, choose_tokenizer, find_files, shown, write_dataset  # noqa: E402
+from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.text import Piece, find_files, shown  # noqa: E402
 
 NOT_THEIRS = {
     'site-packages',

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import (  # noqa: E402
-    Piece,
-    choose_tokenizer,
-    pick_split,
-    read_jsonl,
-    shown,
-    song_header,
-    write_dataset,
-)
+from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.text import Piece, pick_split, read_jsonl, shown, song_header  # noqa: E402
 
 
 @dataclass

@@ -21,7 +21,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import WAITS, find_files, read_jsonl, read_stream, shown, atomic_write  # noqa: E402
+from lyregpt.text import WAITS, atomic_write, find_files, read_jsonl, read_stream, shown  # noqa: E402
 from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 KEPT = 'the finished shards are kept, and the same command goes on behind them'

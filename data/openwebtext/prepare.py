@@ -13,15 +13,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import (  # noqa: E402
-    Piece,
-    find_files,
-    pick_split,
-    read_jsonl,
-    read_stream,
-    shown,
-    write_dataset,
-)
+from lyregpt.dataset import write_dataset  # noqa: E402
+from lyregpt.text import Piece, find_files, pick_split, read_jsonl, read_stream, shown  # noqa: E402
 from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import download, read_pieces, shown, split_text, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
+from lyregpt.text import download, read_pieces, shown, split_text  # noqa: E402
 from lyregpt.tokenizer import GPT2Tokenizer  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import configure, run  # noqa: E402
-from lyregpt.dataset import (  # noqa: E402
-    Piece,
-    choose_tokenizer,
-    find_files,
-    pick_split,
-    read_documents,
-    shown,
-    split_text,
-    write_dataset,
-)
+from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.text import Piece, find_files, pick_split, read_documents, shown, split_text  # noqa: E402
 
 
 @dataclass

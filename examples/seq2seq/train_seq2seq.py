@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, given, run
 from lyregpt import checkpoint
-from lyregpt.dataset import find_files, permute, pick_split, read_documents
+from lyregpt.dataset import permute
 from lyregpt.device import pick_device
 from lyregpt.logger import Log
+from lyregpt.text import find_files, pick_split, read_documents
 from lyregpt.tokenizer import BPETokenizer, Tokenizer, from_state
 from train import catch_signals, clock
 

@@ -32,7 +32,8 @@ import torch  # noqa: E402
 
 from configurator import UserError, configure, run  # noqa: E402
 from lyregpt import checkpoint  # noqa: E402
-from lyregpt.dataset import split_text, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
+from lyregpt.text import split_text  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer  # noqa: E402
 
 STEPS = 240
