@@ -184,7 +184,7 @@ if '--device=cpu' not in words:
 """
 
 OURS_SAMPLE = """
-import sample, torch
+import torch
 from lyregpt.device import copy_bandwidth, pick_device
 from model import GPT, GPTConfig
 torch.manual_seed(1337)
@@ -792,8 +792,8 @@ def measure_scaling(table: Table, config: BenchConfig, device: str) -> None:
 
 
 GENERATE_ONE_BY_ONE = """
-import sample
-model, tokenizer = sample.load_model(sample.SampleConfig(out_dir=out_dir, device=device, dtype=dtype, quantize=quantize))
+from lyregpt.generate import load_model
+model, tokenizer, _ = load_model(out_dir, device=device, dtype=dtype, quantize=quantize)
 written, firsts, started = 0, [], time.perf_counter()
 while time.perf_counter() - started < seconds:
     for request in asked:

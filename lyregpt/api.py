@@ -22,7 +22,6 @@ import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 from lyregpt import threads  # noqa: F401  before torch: it decides how torch's threads wait
@@ -35,12 +34,14 @@ import train as trainer
 from configurator import UserError, build, read_config_file
 from lyregpt import ROOT, checkpoint
 from lyregpt.dataset import choose_tokenizer, folder_of, read_meta, write_dataset
+from lyregpt.generate import LoadedModel, encode_prompt, generate, prompt_text
 from lyregpt.originality import index_of
 from lyregpt.pretrained import is_pretrained
 from lyregpt.text import Piece, find_files, read_documents, split_text
 from lyregpt.tokenizer import Tokenizer, of_pretrained
 from model import GPT
-from sample import SampleConfig, begin, load_trained, prompt_text
+from sample import SampleConfig
+from sample import load as load_model
 
 LOADING = ('device', 'dtype', 'threads', 'quantize', 'compile')
 WRITING = tuple(
@@ -138,18 +139,19 @@ class Model:
         return Loss(total / (len(row) - 1), total / math.log(2) / n_bytes)
 
     def _begin(
-        self, prompt: str, knobs: dict[str, Any]
+        self, prompt: str, options: dict[str, Any]
     ) -> tuple[str, Iterator[torch.Tensor], SampleConfig]:
-        asked = build(SampleConfig, knobs, known=(*WRITING, 'num_samples'))
-        config = dataclasses.replace(self.config, **{name: getattr(asked, name) for name in knobs})
-        training = cache(
-            lambda: index_of(
-                self.about.get('config', {}), config.dataset or data_of(self.about, config.out_dir)
-            )
+        asked = build(SampleConfig, options, known=(*WRITING, 'num_samples'))
+        config = dataclasses.replace(
+            self.config, **{name: getattr(asked, name) for name in options}
         )
-        text, _, ids = begin(
-            self.gpt, self.tokenizer, config, prompt_text(config) + prompt, training=training
-        )
+        index = None
+        if config.avoid_copying:
+            dataset = config.dataset or data_of(self.about, config.out_dir)
+            index = index_of(self.about.get('config', {}), dataset)
+        text = prompt_text(config) + prompt
+        loaded = LoadedModel(self.gpt, self.tokenizer, self.about)
+        ids = generate(loaded, config, text, encode_prompt(self.tokenizer, text), index)
         return text, ids, config
 
 
@@ -165,7 +167,7 @@ def load(source: str | os.PathLike[str] = 'out', **knobs: Any) -> Model:
         if is_pretrained(source)
         else dataclasses.replace(asked, out_dir=source)
     )
-    return Model(*load_trained(config), config)
+    return Model(*load_model(config), config)
 
 
 def train(

@@ -7,6 +7,7 @@ names (none if that is empty); anywhere else there are plain lines.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -31,8 +32,9 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
 from configurator import UserError, check_name, convert, help_text
+from lyregpt.generate import LoadedModel, encode_prompt, generate, prompt_text
+from lyregpt.originality import Index, index_of
 from lyregpt.text import atomic_write
-from lyregpt.tokenizer import Tokenizer
 
 # what a running program no longer asks for: the model, the machine, and what the prompt itself replaces
 FIXED = {
@@ -80,22 +82,12 @@ class Text:
 
 
 class Session:
-    """What is typed, one line after another. `begin(config, text=None, ids=None)` gives a prompt, its ids and those that continue
-    it (sample.py), `training()` the index of the training split (lyregpt/originality.py)."""
+    """What is typed, one line after another."""
 
-    def __init__(
-        self,
-        config: Any,
-        tokenizer: Tokenizer,
-        begin: Callable[..., tuple[str, list[int], Iterator[Any]]],
-        training: Any = None,
-    ):
-        self.config, self.tokenizer, self.begin, self.training = (
-            replace(config, num_samples=1),
-            tokenizer,
-            begin,
-            training,
-        )
+    def __init__(self, config: Any, loaded: LoadedModel):
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        self.config = replace(config, num_samples=1)
         self.kinds = {
             name: kind
             for name, kind in typing.get_type_hints(type(config)).items()
@@ -134,6 +126,11 @@ class Session:
                 self.say('Ctrl-D or /quit ends', 'dim')
             except ValueError as error:  # a UserError, too: said, and on it goes
                 self.say(str(error))
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """The index of the training split. Raises UserError."""
+        return index_of(self.loaded.about.get('config', {}), self.config.dataset)
 
     def ask(self) -> str:
         """The next line; of several lines, if a backslash stands at the end. Raises EOFError where there is none."""
@@ -181,7 +178,9 @@ class Session:
     def write(self, start: str) -> None:
         """A new text."""
         config = replace(self.config, start=start)
-        prompt, ids, self.tokens = self.stream(config)
+        prompt = prompt_text(config)
+        ids = encode_prompt(self.tokenizer, prompt)
+        self.tokens = self.stream(config, prompt, ids)
         self.text = Text(config, prompt, ids, self.tokenizer.stream_decoder(), [config.seed])
         if self.texts and not self.terminal:
             print('-' * 40)
@@ -189,15 +188,18 @@ class Session:
         print(prompt, end='', flush=True)
         self.go_on(self.text)
 
-    def stream(self, config: Any, *text: Any) -> tuple[str, list[int], Iterator[int]]:
-        """The prompt (`text`: what it is, and its ids), its ids, and those that continue it until the model ends it. Uses the seed up."""
-        # without a limit: max_new_tokens is a pause, and a text that went on is the one that a longer run would have written
-        prompt, ids, rows = self.begin(replace(config, max_new_tokens=sys.maxsize), *text)
+    def stream(self, config: Any, prompt: str, ids: list[int]) -> Iterator[int]:
+        """The ids that continue the prompt, until the model ends the document. Uses the seed up."""
+        # Without a limit, max_new_tokens is a pause: a continued text equals a longer run's.
+        index = self.index if config.avoid_copying else None
+        rows = generate(
+            self.loaded, replace(config, max_new_tokens=sys.maxsize), prompt, ids, index
+        )
         self.config = replace(self.config, seed=config.seed + 1)
         tokens: Iterator[int] = (int(row[0]) for row in rows)
         if config.stop_at_end:
             tokens = itertools.takewhile(lambda token: token != self.tokenizer.eot, tokens)
-        return prompt, ids, tokens
+        return tokens
 
     def go_on(self, text: Text) -> None:
         """Write the present text's next max_new_tokens tokens, fewer if it ends before or Ctrl-C comes."""
@@ -237,8 +239,8 @@ class Session:
             f'{how}; {text.tokens:,} tokens, {rate:,.0f} tokens/s, seed {" + ".join(map(str, text.seeds))}',
             'dim',
         )
-        if self.config.originality and self.training:
-            self.say(str(self.training().compare(text.whole, since=len(text.prompt))), 'dim')
+        if self.config.originality:
+            self.say(str(self.index.compare(text.whole, since=len(text.prompt))), 'dim')
 
     def present(self) -> Text:
         """The text that commands are about. Raises UserError if there is none."""
@@ -262,7 +264,7 @@ class Session:
             )
         if self.tokens is None:  # written under other knobs: these read what it says so far
             seed = self.config.seed
-            self.tokens = self.stream(self.config, text.whole, list(text.ids))[2]
+            self.tokens = self.stream(self.config, text.whole, list(text.ids))
             text.seeds.append(seed)
         print(text.whole.rpartition('\n')[2], end='', flush=True)  # the line in which it goes on
         self.go_on(text)

@@ -46,9 +46,9 @@ from configurator import UserError, configure, run
 from lyregpt import originality, report
 from lyregpt.dataset import folder_of, token_files
 from lyregpt.engine import Delta, Engine, EngineStoppedError, QueueFullError, Request
+from lyregpt.generate import load_model
 from lyregpt.text import song_header
 from model import GPT
-from sample import SampleConfig, load_trained
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -295,14 +295,14 @@ class Writer:
 
     def __init__(self, config: ServeConfig):
         same = ('out_dir', 'init_from', 'device', 'dtype', 'threads', 'quantize')
-        knobs = SampleConfig(
-            **{name: getattr(config, name) for name in same}, num_samples=min(16, config.max_batch)
-        )
+        options = {name: getattr(config, name) for name in same}
         self.config = config
         # Whatever computes does so in one thread: the OpenMP threads of a second one would outnumber the cores, and where they do each
         # wait ends in sleep (one client got 205 tokens/s instead of 331)
         self.thread = ThreadPoolExecutor(1, 'engine')
-        self.model, self.tokenizer, about = self.thread.submit(load_trained, knobs).result()
+        self.model, self.tokenizer, about = self.thread.submit(
+            load_model, **options, batch_sizes=(1, min(16, config.max_batch))
+        ).result()
         try:
             self.engine = self.thread.submit(
                 Engine, self.model, self.tokenizer, self.deliver, config.max_batch, config.max_queue
@@ -539,7 +539,10 @@ async def pieces(
 
 def describe_usage(rows: list[Request], n: int) -> dict[str, int]:
     """Tokens read and written; a prompt counts once, however many samples it has."""
-    read, written = sum(len(row.prompt) for row in rows[::n]), sum(len(row.generated) for row in rows)
+    read, written = (
+        sum(len(row.prompt) for row in rows[::n]),
+        sum(len(row.generated) for row in rows),
+    )
     return {'prompt_tokens': read, 'completion_tokens': written, 'total_tokens': read + written}
 
 

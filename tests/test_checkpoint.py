@@ -8,8 +8,8 @@ import torch
 
 from configurator import UserError, configure
 from lyregpt import checkpoint
+from lyregpt.generate import load_model
 from model import GPT, GPTConfig
-from sample import SampleConfig, load_model
 from tests.conftest import tiny
 from train import train
 
@@ -276,7 +276,7 @@ def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
 @pytest.mark.parametrize('compiled', [False, True])
 def test_nanogpt_checkpoints_are_sampled_and_resumed(chars, tmp_path, compiled):
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', chars, compiled)
-    model, tokenizer = load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
+    model, tokenizer, _ = load_model(str(tmp_path))
     assert tokenizer.decode(
         int(t)
         for t in model.generate([tokenizer.encode('the')], 5, vocab_size=tokenizer.vocab_size)
@@ -310,7 +310,7 @@ def test_a_nanogpt_checkpoint_takes_the_tokenizer_of_the_dataset_named(chars, tm
     state['config']['dataset'] = 'nowhere'
     torch.save(state, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='not its own'):
-        load_model(configure(SampleConfig, [f'--out_dir={tmp_path}']))
+        load_model(str(tmp_path))
     words = [
         f'--out_dir={tmp_path}',
         '--init_from=resume',

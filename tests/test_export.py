@@ -12,6 +12,7 @@ import torch
 from configurator import UserError, configure
 from lyregpt import checkpoint
 from lyregpt.export import ExportConfig, export, gguf_vocabulary
+from lyregpt.generate import load_model
 from lyregpt.pretrained import from_pretrained, is_pretrained
 from lyregpt.tokenizer import (
     EOT,
@@ -25,7 +26,6 @@ from lyregpt.tokenizer import (
     of_pretrained,
 )
 from model import GPT, GPTConfig
-from sample import SampleConfig, load_model
 from tests.conftest import ROOT, gpt2, script, tiny
 from train import train
 
@@ -291,7 +291,7 @@ def test_gpt2s_older_two_files(tmp_path, demo_text):
 def test_export_and_back(tmp_path, tokenizers, shape):
     folder, model = exported(tmp_path, tokenizers['bpe'], **SHAPES[shape])
     assert is_pretrained(folder)
-    again, tokenizer = load_model(SampleConfig(init_from=folder, device='cpu'))
+    again, tokenizer, _ = load_model(init_from=folder, device='cpu')
     assert (
         tokenizer.state() == tokenizers['bpe'].state()
         and again.config.vocab_size == tokenizer.vocab_size
@@ -736,7 +736,7 @@ def test_damaged_folders(tmp_path, trained):
     whole = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(whole[:-100])
     with pytest.raises(UserError, match='model.safetensors: damaged'):
-        load_model(SampleConfig(init_from=str(folder), device='cpu'))
+        load_model(init_from=str(folder), device='cpu')
     (folder / 'model.safetensors').write_bytes(whole)
     for name, text, message in (
         ('tokenizer.json', '{"model": {"type": "BPE"', 'tokenizer.json: not a tokenizer file'),
@@ -744,4 +744,4 @@ def test_damaged_folders(tmp_path, trained):
     ):
         (folder / name).write_text(text)
         with pytest.raises(UserError, match=message):
-            load_model(SampleConfig(init_from=str(folder), device='cpu'))
+            load_model(init_from=str(folder), device='cpu')

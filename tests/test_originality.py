@@ -19,7 +19,7 @@ from lyregpt.originality import CopyFilter, Index, bare, find_words, fold
 from lyregpt.text import song_header
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
-from sample import SampleConfig, load_trained, write
+from sample import SampleConfig, load, write
 from tests.conftest import DEMO, gpt2, script, tiny
 from train import train, write_sample
 
@@ -578,14 +578,14 @@ def test_scripts(tmp_path, chars, monkeypatch, capsys):
     with pytest.raises(UserError, match='avoid_copying=1: expected 0'):
         configure(SampleConfig, ['--avoid_copying=1'])
     config = configure(SampleConfig, [*words[1:], '--dataset=', '--start=The'])
-    model, tokenizer, about = load_trained(config)
+    loaded = load(config)
     judged, compare = [], Index.compare
     monkeypatch.setattr(
         Index,
         'compare',
         lambda self, text, **more: judged.append((text[:3], more)) or compare(self, text, **more),
     )
-    write(model, tokenizer, config, lambda: originality.index_of(about['config']))
+    write(loaded, config)
     assert (
         capsys.readouterr().out.count('\noriginality: ') == 2
         and judged == [('The', {'since': 3})] * 2

@@ -6,7 +6,8 @@ import pytest
 
 import sample
 from configurator import UserError, configure
-from sample import SampleConfig, load_model, prompt_text, write
+from lyregpt.generate import load_model, prompt_text
+from sample import SampleConfig, load, write
 from tests.conftest import ROOT, mistake, script
 
 
@@ -76,7 +77,7 @@ def test_mistakes_get_one_line(trained, more, message, capsys):
 
 def test_a_checkpoint_is_no_pretrained_model(trained):
     with pytest.raises(UserError, match=f'this is a checkpoint of ours: --out_dir={trained}'):
-        load_model(SampleConfig(init_from=str(trained), device='cpu'))
+        load_model(init_from=str(trained), device='cpu')
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_zero_means_off_or_greedy(trained, more, capsys):
     config = configure(
         SampleConfig, [f'--out_dir={trained}', '--max_new_tokens=10', '--device=cpu', *more]
     )
-    write(*load_model(config), config)
+    write(load(config), config)
     assert len(capsys.readouterr().out) > 10
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sample
-from lyregpt import checkpoint, threads
+from lyregpt import checkpoint, generate, threads
 from tests.conftest import ROOT, mistake, script, tiny
 from train import main, train
 
@@ -345,14 +345,14 @@ def test_no_fast_formats_without_instructions_for_them():
 
 
 def test_a_note_where_int8_is_no_faster(trained, capsys, monkeypatch):
-    config = sample.SampleConfig(out_dir=str(trained), device='cpu', quantize='int8', num_samples=3)
-    monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: {1: 1.5, 3: 0.5}[rows])
-    sample.load_model(config)
+    options = dict(device='cpu', quantize='int8', batch_sizes=(1, 3))
+    monkeypatch.setattr(generate, 'int8_speedup', lambda model, dtype, size: {1: 1.5, 3: 0.5}[size])
+    generate.load_model(str(trained), **options)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('note')]
     assert said == [
         'note: quantize=int8 saves memory, but brings little or no speedup over float32 here: '
         '0.50 times as fast for 3 at once'
     ]
-    monkeypatch.setattr(sample, 'int8_speedup', lambda model, dtype, rows: 1.5)
-    sample.load_model(config)
+    monkeypatch.setattr(generate, 'int8_speedup', lambda model, dtype, size: 1.5)
+    generate.load_model(str(trained), **options)
     assert 'note' not in capsys.readouterr().err

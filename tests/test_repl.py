@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -18,32 +17,38 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from configurator import configure
+from lyregpt.generate import LoadedModel
 from lyregpt.repl import COMMANDS, FIXED, Session, line_editor
 from lyregpt.tokenizer import EOT, BPETokenizer, CharTokenizer
-from sample import SampleConfig, begin, load_model, write
+from sample import SampleConfig, load, write
 from tests.conftest import ROOT
 
 
 @pytest.fixture(scope='module')
 def model(trained):
-    return load_model(configure(SampleConfig, [f'--out_dir={trained}', '--device=cpu']))
+    return load(configure(SampleConfig, [f'--out_dir={trained}', '--device=cpu']))
+
+
+class Recited:
+    """A model that always generates the same ids, and remembers the prompts."""
+
+    def __init__(self, ids):
+        self.ids, self.prompts = ids, []
+
+    def generate(self, prompts, *_, **options):
+        self.prompts += prompts
+        return iter(torch.tensor(self.ids)[:, None])
 
 
 @pytest.fixture
 def talk(model, monkeypatch, capsys, tmp_path):
     """Type lines at a session in a folder of its own; gives the session, its texts and what else it said."""
 
-    def talk(lines, *words, tokenizer=model[1], ids=None):
+    def talk(lines, *words, tokenizer=model.tokenizer, ids=None):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
-        start = (
-            partial(begin, *model)
-            if ids is None
-            else lambda config, *text: ('', list(*text[1:]), iter(torch.tensor(ids)[:, None]))
-        )
-        session = Session(
-            configure(SampleConfig, ['--max_new_tokens=30', *words]), tokenizer, start
-        )
+        loaded = LoadedModel(model.model if ids is None else Recited(ids), tokenizer, {})
+        session = Session(configure(SampleConfig, ['--max_new_tokens=30', *words]), loaded)
         session.run()
         told = capsys.readouterr()
         return session, told.out, told.err.splitlines()[1:]
@@ -53,7 +58,7 @@ def talk(model, monkeypatch, capsys, tmp_path):
 
 def written(model, capsys, *words):
     """What `sample.py` prints with these knobs."""
-    write(*model, configure(SampleConfig, ['--num_samples=1', *words]))
+    write(model, configure(SampleConfig, ['--num_samples=1', *words]))
     return capsys.readouterr().out
 
 
@@ -114,7 +119,7 @@ def test_a_text_stops_where_the_song_ends(talk):
 
 
 def test_what_text_cannot_tell_is_kept(talk, model):
-    letters, asked = CharTokenizer('ab\n'), []
+    letters = CharTokenizer('ab\n')
     session, out, said = talk(
         ['', '/temperature 0', '/more'],
         '--max_new_tokens=3',
@@ -124,7 +129,7 @@ def test_what_text_cannot_tell_is_kept(talk, model):
     )
     assert (
         session.text.whole.startswith(f'a{EOT}b')
-        and session.text.ids[:4] == [0, letters.eot, 1, 0]
+        and session.text.ids[:5] == [letters.eot, 0, letters.eot, 1, 0]
         and len(session.text.seeds) == 2
     )
     bytewise = BPETokenizer.train(['ab'], 257)
@@ -132,22 +137,21 @@ def test_what_text_cannot_tell_is_kept(talk, model):
     session, out, said = talk(
         ['', '/temperature 0'], '--max_new_tokens=1', tokenizer=bytewise, ids=ids
     )
-    assert session.text.whole == '' and session.text.ids == ids[:1]
+    assert session.text.whole == '' and session.text.ids == [bytewise.eot, *ids[:1]]
     ended, out, said = talk(
         [''], '--max_new_tokens=2', tokenizer=bytewise, ids=[ids[0], bytewise.eot]
     )
     assert ended.text.whole == '\ufffd' and '\ufffd' in out, (
         'and is shown as broken if there is none'
     )
-    session.begin = lambda config, text, prompt: (
-        asked.append(prompt) or (text, prompt, iter(torch.tensor(ids[1:])[:, None]))
-    )
+    rest = Recited(ids[1:])
+    session.loaded = session.loaded._replace(model=rest)
     session.do_more('')
-    assert asked == [ids[:1]] and session.text.whole == 'é', (
+    assert rest.prompts == [[bytewise.eot, *ids[:1]]] and session.text.whole == 'é', (
         'half a character waits for the other half'
     )
-    session.begin, session.tokens = lambda *_: 1 / 0, None
-    with pytest.raises(ZeroDivisionError):
+    session.loaded, session.tokens = session.loaded._replace(model=None), None
+    with pytest.raises(AttributeError):
         session.do_more('')
     assert len(session.text.seeds) == 2
 
@@ -156,10 +160,10 @@ def test_a_document_end_in_a_text(talk, model):
     session, out, said = talk(
         ['the', '/temperature 0.7', '/more'], '--stop_at_end=False', '--seed=5'
     )
-    session.text.written, session.text.ids = EOT, [model[1].eot]
+    session.text.written, session.text.ids = EOT, [model.tokenizer.eot]
     session.tokens = None
     session.do_more('')
-    assert session.text.tokens == 90 and session.text.ids[0] == model[1].eot
+    assert session.text.tokens == 90 and session.text.ids[0] == model.tokenizer.eot
 
 
 def test_knobs_are_those_of_the_dataclass(talk):
