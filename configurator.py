@@ -1,337 +1,298 @@
-"""Config as Python: a script's knobs are a dataclass; config files and the command line override them.
+"""Options: defaults, then config files and the command line, in the order given; the last wins.
 
     python train.py config/train_darklyrics.py --batch_size=32 --compile=False
 
-Defaults < config files and options, in the order in which they stand; the last one wins. A config file is Python (a few
-assignments; it is run, so trust it as you would any script), or JSON or YAML (one flat mapping). Every value is checked
-against the field's type; the comment behind a field is its `--help`. What a user did wrong is a `UserError`.
+A script's options are the fields of a dataclass, which give the types. The comment behind a field
+is its help; comment lines right below continue it. A comment line after a blank line, or before the
+first field, is a heading. A config file is Python (assignments; it is executed, so trust it), or
+JSON or YAML (one flat mapping), in the current directory or else beside this file.
 """
 
 import ast
 import dataclasses
 import difflib
 import dis
+import glob
 import inspect
 import json
 import os
 import sys
-import tokenize
-import types
-import typing
-from collections.abc import Callable, Sequence
-from io import StringIO, TextIOWrapper
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
+from types import FunctionType, ModuleType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar('T')
 
-DATA = ('.json', '.yaml', '.yml')
+DATA_FORMATS = ('.json', '.yaml', '.yml')
+# What the words for None, True and False stand for, by type.
+WORDS: dict[Any, dict[str, Any]] = {
+    NoneType: {'none': None, 'null': None},
+    bool: dict.fromkeys(('true', '1', 'yes', 'on'), True)
+    | dict.fromkeys(('false', '0', 'no', 'off'), False),
+}
+TYPE_NAMES = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'True or False',
+    str: 'text',
+    NoneType: 'None',
+}
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard, said in one line: what is wrong, what was expected, what to do."""
+    """An error in the user's input, in one line: what is wrong, what was expected, what to do."""
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Call `main()` as a script: a UserError becomes one line on stderr and exit status 2, Ctrl-C exits with 130."""
-    for stream in (
-        sys.stdin,
-        sys.stdout,
-        sys.stderr,
-    ):  # Windows' default encoding lacks most of what a model may write
+    """Call `main()` as a script.
+
+    A UserError becomes one line on stderr and exit status 2; so does an OSError, such as a full
+    disk. Ctrl-C exits with status 130.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
+            # The default encoding on Windows lacks most of the characters a model may generate.
             stream.reconfigure(encoding='utf-8', errors='replace')
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (
-        OSError
-    ) as error:  # a full disk, a missing permission: the system's own words, without the stack
-        print(
-            f'{os.path.basename(sys.argv[0])}: error: {error.filename or "input or output"}: {error.strerror or error}',
-            file=sys.stderr,
-        )
+    except (UserError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f'{error.filename or "input or output"}: {error.strerror or error}'
+        print(f'{os.path.basename(sys.argv[0])}: error: {message}', file=sys.stderr)
         sys.exit(2)
 
 
-def configure(knobs: type[T], argv: Sequence[str] | None = None, description: str = '') -> T:
-    """Build the dataclass `knobs` from its defaults and `argv` (default: this process's arguments).
+def configure(options: type[T], argv: Sequence[str] | None = None, description: str = '') -> T:
+    """Build the dataclass `options` from its defaults and `argv` (default: `sys.argv[1:]`).
 
-    Understands `FILE.py|.json|.yaml`, `--key=value`, `--key value`, `--key a b` (a list: all words up to the next option), `--flag` (a bool
-    knob), and `--help`, which prints the knobs and exits. The names that were set stand in the result's `given`. Raises UserError for an unknown knob, a value
-    of the wrong type, or whatever ValueError the dataclass's own `__post_init__` raises.
+    Understands `FILE.py|.json|.yaml`, `--key=value`, `--key value`, `--key a b` (a list: every
+    word up to the next option), `--flag` (a bool), and `--help`, which prints the options and
+    exits. `given(config)` has the names that were set. Raises UserError for an unknown option, a
+    value of the wrong type, and whatever ValueError the dataclass's `__post_init__` raises.
     """
-    types_ = typing.get_type_hints(knobs)
+    kinds = get_type_hints(options)
     values: dict[str, Any] = {}
     words = list(sys.argv[1:] if argv is None else argv)
     while words:
         word = words.pop(0)
         if word in ('--help', '-h'):
-            print(help_text(knobs, description))
+            print(help_text(options, description))
             sys.exit(0)
-        if not word.startswith('--'):
-            values.update(read_config_file(word, knobs, values))
-            continue
-        key, equals, text = word[2:].partition('=')
-        key = check_name(key.replace('-', '_'), types_, '--')
-        if not equals:
-            is_flag = bool in _members(types_[key])
-            if words and (
-                _fits(types_[key], words[0]) if is_flag else not words[0].startswith('--')
-            ):
-                text = words.pop(0)
-                if any(
-                    typing.get_origin(member) in (list, tuple) for member in _members(types_[key])
-                ):
-                    while words and not words[0].startswith('--'):
-                        text += ',' + words.pop(0)
-            elif is_flag:
-                text = 'True'
-            else:
-                raise UserError(f'--{key} needs a value, as in --{key}=VALUE')
-        values[key] = convert(f'--{key}', types_[key], text)
-    return build(knobs, values)
+        elif word.startswith('--'):
+            name, equals, text = word[2:].partition('=')
+            name = check_name(name.replace('-', '_'), kinds, '--')
+            if not equals:
+                text = _pop_value(name, kinds[name], words)
+            values[name] = convert(f'--{name}', kinds[name], text)
+        else:
+            values |= read_config_file(word, options, values)
+    return build(options, values)
 
 
-def build(knobs: type[T], values: dict[str, Any], known: typing.Iterable[str] = ()) -> T:
-    """The dataclass `knobs` with these values, as somebody set them in Python; paths may be `Path`s. Raises UserError as `configure` does.
+# Remove the value of an option from the words that follow its name. A bool needs none.
+def _pop_value(name: str, kind: Any, words: list[str]) -> str:
+    members = _members(kind)
+    flag_values = (*WORDS[bool], 'none', 'auto')
+    if bool in members and not (words and words[0].lower() in flag_values):
+        return 'True'
+    if not words or words[0].startswith('--'):
+        raise UserError(f'--{name} needs a value, as in --{name}=VALUE')
+    text = words.pop(0)
+    is_list = any(get_origin(member) is list for member in members)
+    while is_list and words and not words[0].startswith('--'):
+        text += ',' + words.pop(0)
+    return text
 
-    `known` are the names that may be set, if not all.
+
+def build(options: type[T], values: dict[str, Any], known: Iterable[str] = ()) -> T:
+    """Build the dataclass `options` with values set in Python; a path may be a `Path`.
+
+    `known` are the names that may be set (default: all). Raises UserError as `configure` does.
     """
-    types_ = typing.get_type_hints(knobs)
-    values = {
-        check_name(k, known or types_, see=f'python {knobs.__module__}.py --help'): v
-        for k, v in values.items()
-    }
-    values = {
-        k: convert(k, types_[k], os.fspath(v) if isinstance(v, os.PathLike) else v)
-        for k, v in values.items()
-    }
+    checked = _check(options, values, known, see=f'python {options.__module__}.py --help')
     try:
-        config = knobs(**values)
+        config = options(**checked)
     except ValueError as error:
         raise UserError(str(error)) from None
-    object.__setattr__(config, 'given', frozenset(values))
+    object.__setattr__(config, 'given', frozenset(checked))
     return config
 
 
 def given(config: Any) -> frozenset[str]:
-    """The names of the knobs that somebody set: by `configure`, or, built by hand, those that differ from their defaults."""
-    changed = frozenset(
-        f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
-    )
-    return getattr(config, 'given', changed)
+    """The names of the options that were set, or else those that differ from their defaults."""
+    changed = (f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default)
+    return getattr(config, 'given', frozenset(changed))
 
 
-def read_config_file(path: str, knobs: type, so_far: dict[str, Any]) -> dict[str, Any]:
-    """The knobs that the file sets, each checked against its type. A Python file sees the knobs' values so far as globals.
+def read_config_file(path: str, options: type, so_far: dict[str, Any]) -> dict[str, Any]:
+    """The options that the file sets, each checked against its type.
 
-    Raises UserError, with the file and the knob, for anything else.
+    A Python file sees the values so far as globals. Raises UserError, with the file and the
+    option, for anything else.
     """
-    types_ = typing.get_type_hints(knobs)
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        near = difflib.get_close_matches(
-            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], 1
-        )
-        hint = f'; did you mean {os.path.join(os.path.dirname(path), near[0])}?' if near else ''
-        if os.path.isdir(path) and 'out_dir' in types_:
-            hint = f'; did you mean --out_dir={path}?'
-        raise UserError(
-            f'{path}: no such config file (options begin with --, as in --batch_size=32){hint}'
-        )
+    file = find_file(path)
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(file, encoding='utf-8') as f:
             text = f.read()
-        if path.endswith(DATA):
+        if path.endswith(DATA_FORMATS):
             found = parse(path, text)
         else:
-            code = compile(text, path, 'exec')
-            scope = (
-                {f.name: f.default for f in dataclasses.fields(knobs)}
-                | so_far
-                | {'__file__': path, '__name__': 'config'}
-            )
+            code = compile(text, file, 'exec')
+            defaults = {f.name: f.default for f in dataclasses.fields(options)}
+            scope = defaults | so_far | {'__file__': file, '__name__': 'config'}
             exec(code, scope)
-            stored = {
-                i.argval
-                for i in dis.get_instructions(code)
-                if i.opname in ('STORE_NAME', 'STORE_GLOBAL')
-            }
+            # What the file assigned, but for its imports, functions, classes and _names.
+            stores = ('STORE_NAME', 'STORE_GLOBAL')
+            assigned = [i.argval for i in dis.get_instructions(code) if i.opname in stores]
             found = {
-                k: v
-                for k, v in scope.items()
-                if k in stored
-                and not k.startswith('_')
-                and (k in types_ or not isinstance(v, (types.ModuleType, types.FunctionType, type)))
+                name: value
+                for name, value in scope.items()
+                if name in assigned
+                and not name.startswith('_')
+                and (name in defaults or not isinstance(value, (ModuleType, FunctionType, type)))
             }
-    except Exception as error:  # whatever the person's own file raises is told as their mistake
-        raise UserError(
-            f'{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}'
-        ) from None
-    if not isinstance(found, dict):
-        raise UserError(
-            f'{path}: expected one mapping of knobs to values, found {type(found).__name__}'
-        )
-    return {
-        check_name(k, types_, '', f'{path}: '): convert(f'{path}: {k}', types_[k], v)
-        for k, v in found.items()
-    }
+    except Exception as error:  # whatever the user's own file raises
+        raise UserError(f'{path}: {type(error).__name__}: {error}'.split('\n')[0]) from None
+    return _check(options, found, where=f'{path}: ')
 
 
-def parse(path: str, text: str) -> Any:
-    """What the text of a JSON or YAML file says. Raises the errors of their readers."""
+def find_file(path: str) -> str:
+    """The config file `path`, in the current directory or else in the repository.
+
+    Raises UserError, with the nearest name, if it is in neither.
+    """
+    root = os.path.dirname(os.path.abspath(__file__))
+    for place in (path, os.path.join(root, path)):
+        if os.path.isfile(place):
+            return place
+    siblings = os.path.join(os.path.dirname(path), '*')
+    files = glob.glob(siblings) + glob.glob(siblings, root_dir=root)
+    raise UserError(
+        f'{path}: no such config file (options begin with --, as in --batch_size=32)'
+        f'{did_you_mean(path, files)}'
+    )
+
+
+def parse(path: str, text: str) -> dict[Any, Any]:
+    """The mapping in a JSON or YAML file. Raises the errors of their parsers."""
     if path.endswith('.json'):
-        return json.loads(text)
-    import yaml
+        found = json.loads(text)
+    else:
+        import yaml
 
-    return yaml.safe_load(text) or {}
+        found = yaml.safe_load(text) or {}
+    if not isinstance(found, dict):
+        raise TypeError(f'expected a mapping of names to values, found {type(found).__name__}')
+    return found
+
+
+def did_you_mean(name: str, known: Iterable[str], dashes: str = '') -> str:
+    """The hint to the known name that begins with `name` or is nearest to it; '' without one."""
+    near = [k for k in known if name and k.startswith(name)]
+    near += difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f'; did you mean {dashes}{near[0]}?' if near else ''
 
 
 def check_name(
     key: str,
-    known: typing.Iterable[str],
+    known: Iterable[str],
     dashes: str = '',
     where: str = '',
-    kind: str = 'knob',
+    kind: str = 'option',
     see: str = '--help',
 ) -> str:
-    """`key` itself if it is known; else UserError with the nearest known name."""
+    """`key` itself if it is known. Raises UserError, with the nearest known name, if not."""
     if key in known:
         return key
-    near = [k for k in known if key and k.startswith(str(key))] or difflib.get_close_matches(
-        str(key), list(known), 1, cutoff=0.5
+    raise UserError(
+        f'{where}unknown {kind} {dashes}{key}{did_you_mean(str(key), known, dashes)}'
+        f' ({see} lists all)'
     )
-    hint = f'; did you mean {dashes}{near[0]}?' if near else ''
-    raise UserError(f'{where}unknown {kind} {dashes}{key}{hint} ({see} lists all)')
+
+
+# Check names and types; `where` begins the messages.
+def _check(
+    options: type, values: dict[str, Any], known: Iterable[str] = (), where='', see='--help'
+) -> dict[str, Any]:
+    kinds = get_type_hints(options)
+    for name in values:
+        check_name(name, known or kinds, where=where, see=see)
+    return {name: convert(where + name, kinds[name], values[name]) for name in values}
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value`, text from the command line or an object from a config file, as the annotated type `kind`; else UserError."""
+    """`value`, text or an object from a config file, as the annotated type `kind`.
+
+    `name` is for the message of the UserError if it does not fit.
+    """
     for member in _members(kind):
         try:
             return _convert(member, value)
-        except (ValueError, TypeError, SyntaxError, OverflowError):
+        except (ValueError, TypeError, KeyError, SyntaxError, OverflowError):
             continue
     raise UserError(f'{name}={value}: expected {_describe(kind)}')
 
 
-def _fits(kind: Any, text: str) -> bool:
-    try:
-        convert('', kind, text)
-        return True
-    except UserError:
-        return False
+# The alternatives of a union: None first, so that the text 'None' means None, and text last.
+def _members(kind: Any) -> list[Any]:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return sorted(members, key=lambda member: (member is not NoneType, member is str))
 
 
-def _members(kind: Any) -> tuple:
-    """The alternatives of a union; None first, so that the text 'None' means None even where text is allowed."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return tuple(sorted(typing.get_args(kind), key=lambda k: (k is not type(None), k is str)))
-    return (kind,)
-
-
-def _as_bool(text: str) -> bool | None:
-    return {
-        'true': True,
-        '1': True,
-        'yes': True,
-        'on': True,
-        'false': False,
-        '0': False,
-        'no': False,
-        'off': False,
-    }.get(text.lower())
-
-
+# Convert to a type that is no union. Raises ValueError or another error if the value does not fit.
 def _convert(kind: Any, value: Any) -> Any:
-    text = isinstance(value, str)
-    if kind is type(None):
-        if value is None or text and value.lower() in ('none', 'null'):
-            return None
-    elif kind is bool:
-        value = _as_bool(value) if text else value
-        if isinstance(value, bool):
-            return value
-    elif kind is int:
-        if text:
-            try:
-                return int(value)
-            except ValueError:
-                value = float(value)  # 1e5 is a fine int
-        if not isinstance(value, bool) and value == int(value):
-            return int(value)
-    elif kind is float:
-        if not isinstance(value, bool):
-            return float(value)
-    elif kind is str:
-        if text:
-            return value
-    elif typing.get_origin(kind) is typing.Literal:
-        for choice in typing.get_args(kind):
-            if value == choice or text and value == str(choice):
-                return choice
-    elif typing.get_origin(kind) in (list, tuple):
-        (item, *_) = typing.get_args(kind)
-        if text:
-            value = (
-                ast.literal_eval(value)
-                if value[:1] in '[('
-                else [v.strip() for v in value.split(',') if v.strip()]
-            )
-        if isinstance(value, (list, tuple)):
-            return [convert('item', item, v) for v in value]
-    raise ValueError
+    if kind in WORDS:
+        return WORDS[kind][str(value).lower()]
+    if get_origin(kind) is Literal:
+        return {str(choice): choice for choice in get_args(kind)}[str(value)]
+    if kind is str:
+        return os.fspath(value)  # a string or a Path
+    if get_origin(kind) is list and not isinstance(value, dict):
+        if isinstance(value, str) and value.startswith(('[', '(')):
+            value = ast.literal_eval(value)
+        elif isinstance(value, str):
+            value = [word.strip() for word in value.split(',') if word.strip()]
+        return [convert('item', get_args(kind)[0], item) for item in value]
+    if kind is int and str(value).isdecimal():
+        return int(value)  # exact, however large
+    number = float(str(value))  # str: True and False are no numbers
+    if kind is int and not number.is_integer():
+        raise ValueError
+    return kind(number)  # 1e5 is a whole number, too
 
 
 def _describe(kind: Any) -> str:
-    names = {
-        int: 'a whole number',
-        float: 'a number',
-        bool: 'True or False',
-        str: 'text',
-        type(None): 'None',
-    }
-    if len(_members(kind)) > 1:
-        return ' or '.join(_describe(m) for m in reversed(_members(kind)))
-    if typing.get_origin(kind) is typing.Literal:
-        return 'one of ' + ', '.join(str(c) for c in typing.get_args(kind))
-    if typing.get_origin(kind) in (list, tuple):
-        return f'a list, as in [a,b], of {_describe(typing.get_args(kind)[0])}'
-    return names[kind]
+    if get_origin(kind) is Literal:
+        return 'one of ' + ', '.join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return f'a list, as in [a,b], of {_describe(get_args(kind)[0])}'
+    if kind not in TYPE_NAMES:
+        return ' or '.join(map(_describe, reversed(_members(kind))))
+    return TYPE_NAMES[kind]
 
 
-def help_text(knobs: type, description: str = '') -> str:
-    """What `--help` prints: each knob, its default and its comment, under the headings that stand alone as comments."""
-    source = inspect.getsource(knobs)
-    comments = {
-        t.start[0]: t.string.lstrip('# ')
-        for t in tokenize.generate_tokens(StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    lines = [description.strip(), ''] if description else []
-    defaults = {f.name: f.default for f in dataclasses.fields(knobs)}
-    for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
-        if not isinstance(node, ast.AnnAssign):
-            continue
-        name = typing.cast(ast.Name, node.target).id
-        if (
-            heading := comments.get(node.lineno - 1)
-            if source.splitlines()[node.lineno - 2].lstrip().startswith('#')
-            else None
-        ):
-            lines.append(f'{heading}:')
-        comment = ' '.join(
-            comments[n] for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments
-        )
-        default = str(defaults[name]).replace('\n', '\\n')
-        lines.append(f'  --{name}={default}'.ljust(36) + f'  {comment}')
-    return '\n'.join(lines)
+def help_text(options: type, description: str = '') -> str:
+    """What `--help` prints: the headings, and each option, its default and its help."""
+    defaults = {f.name: str(f.default).replace('\n', '\\n') for f in dataclasses.fields(options)}
+    lines = [description.strip(), '']
+    in_field = False
+    for line in inspect.getsource(options).partition('\n    def ')[0].splitlines():
+        name = line.partition(':')[0].strip()
+        if name in defaults:
+            lines.append(f'  --{name}={defaults[name]}'.ljust(36) + ' ')
+        in_field = name in defaults or in_field and line != ''
+        comment = line.partition('  # ')[2]
+        if comment and in_field:
+            lines[-1] += ' ' + comment
+        elif comment:
+            lines.append(f'{comment}:')
+    return '\n'.join(lines).strip('\n')

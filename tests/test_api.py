@@ -325,7 +325,7 @@ def test_a_dataset_by_name_from_anywhere(tmp_path, monkeypatch):
         ),
         (
             lambda m, d: lyregpt.train(SONGS, d, max_itres=5),
-            'unknown knob max_itres; did you mean max_iters',
+            'unknown option max_itres; did you mean max_iters',
         ),
         (lambda m, d: lyregpt.train(SONGS, d, batch_size='many'), 'batch_size=many: expected'),
         (
@@ -339,15 +339,15 @@ def test_a_dataset_by_name_from_anywhere(tmp_path, monkeypatch):
             'brings its own tokenizer',
         ),
         (lambda m, d: lyregpt.load('nowhere'), 'nowhere: no such folder'),
-        (lambda m, d: lyregpt.load(m.config.out_dir, temperature=1), 'unknown knob temperature'),
+        (lambda m, d: lyregpt.load(m.config.out_dir, temperature=1), 'unknown option temperature'),
         (lambda m, d: lyregpt.load(m.config.out_dir, device='cuda:77'), 'device=cuda:77'),
         (
             lambda m, d: m.generate('x', temprature=1),
-            'unknown knob temprature; did you mean temperature',
+            'unknown option temprature; did you mean temperature',
         ),
         (lambda m, d: m.generate('x', temperature=-1), 'temperature=-1'),
         (lambda m, d: m.stream('x', top_p=2), 'top_p=2'),
-        (lambda m, d: m.generate('x', device='cpu'), 'unknown knob device'),
+        (lambda m, d: m.generate('x', device='cpu'), 'unknown option device'),
         (lambda m, d: m.decode([10**6]), 'token id 1000000'),
         (lambda m, d: m.loss(''), 'too short'),
     ],

@@ -4,17 +4,20 @@ from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, given
-from lyregpt.convert_config import ALIASES, AMBIGUOUS, convert_file
+from configurator import UserError, configure, given, help_text
+from lyregpt.convert_config import AMBIGUOUS, OTHER_NAMES, convert_file
 from tests.conftest import ROOT, script
 
 
 @dataclass
-class Knobs:
+class Options:
     # How fast
     rate: float = 1e-3  # how fast to learn
-    steps: int = 10  # how often
+    steps: int = 10  # how often:
+    # at least once,
+    # and at most forever
     fast: bool = False  # hurry
+
     # What
     name: str = 'x'  # any text
     limit: int | None = None  # None is no limit
@@ -55,9 +58,18 @@ class Knobs:
     ],
 )
 def test_values(words, name, value):
-    config = configure(Knobs, words)
+    config = configure(Options, words)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
     assert given(config) == {name}
+
+
+def test_help_has_headings_and_continued_comments():
+    lines = help_text(Options, 'What it does.').splitlines()
+    assert lines[:3] == ['What it does.', '', 'How fast:']
+    assert [line for line in lines if line.endswith(':')] == ['How fast:', 'What:']
+    [steps] = [line for line in lines if line.startswith('  --steps=10')]
+    assert steps.endswith('  how often: at least once, and at most forever')
+    assert len(lines) == 2 + 2 + 8 and lines[-1].endswith('  several numbers')
 
 
 @pytest.mark.parametrize(
@@ -74,12 +86,12 @@ def test_values(words, name, value):
         (['nothing.py'], 'nothing.py: no such config file'),
         (['--sizes=[1,x]'], 'expected'),
         (['--rate=True'], 'expected a number'),
-        (['--zzzzzz=1'], 'unknown knob --zzzzzz'),
+        (['--zzzzzz=1'], 'unknown option --zzzzzz'),
     ],
 )
 def test_mistakes(words, message):
     with pytest.raises(UserError) as error:
-        configure(Knobs, words)
+        configure(Options, words)
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
@@ -91,25 +103,25 @@ def test_files_and_options_in_order(tmp_path):
     )
     js.write_text(json.dumps({'steps': 3, 'limit': None, 'names': ['a']}))
     yml.write_text('steps: 4\nfast: true\n')
-    config = configure(Knobs, ['--steps=50', str(py)])
+    config = configure(Options, ['--steps=50', str(py)])
     assert (config.rate, config.steps, config.name) == (1e-3, 100, 'ü') and given(config) == {
         'rate',
         'steps',
         'name',
     }
-    assert configure(Knobs, [str(py), str(js), str(yml)]).steps == 4
-    assert configure(Knobs, [str(yml), str(js), '--steps=9']).steps == 9
-    assert configure(Knobs, [str(js)]).names == ['a']
+    assert configure(Options, [str(py), str(js), str(yml)]).steps == 4
+    assert configure(Options, [str(yml), str(js), '--steps=9']).steps == 9
+    assert configure(Options, [str(js)]).names == ['a']
 
 
 @pytest.mark.parametrize(
     'name, text, message',
     [
-        ('c.py', 'setps = 3\n', 'unknown knob setps; did you mean steps?'),
+        ('c.py', 'setps = 3\n', 'unknown option setps; did you mean steps?'),
         ('c.py', 'steps = "many"\n', 'steps=many: expected a whole number'),
         ('c.py', 'steps = = 3\n', 'SyntaxError'),
         ('c.py', 'steps = 1 / 0\n', 'ZeroDivisionError'),
-        ('c.json', '[1]', 'expected one mapping'),
+        ('c.json', '[1]', 'expected a mapping'),
         ('c.json', '{', 'JSONDecodeError'),
         ('c.yaml', 'steps: {}', 'expected a whole number'),
     ],
@@ -117,13 +129,36 @@ def test_files_and_options_in_order(tmp_path):
 def test_bad_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
-        configure(Knobs, [str(tmp_path / name)])
+        configure(Options, [str(tmp_path / name)])
     assert message in str(error.value) and name in str(error.value)
 
 
-def test_a_misspelt_file_gets_a_hint():
+def test_a_file_is_in_the_current_directory_or_in_the_repository(tmp_path, monkeypatch):
+    from train import TrainConfig
+
+    monkeypatch.chdir(tmp_path)
+    assert configure(TrainConfig, ['config/small.py']).n_embd == 160
+    with pytest.raises(UserError, match='did you mean config/small.py'):
+        configure(TrainConfig, ['config/smal.py'])
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'small.py').write_text('n_embd = 48\n')
+    assert configure(TrainConfig, ['config/small.py']).n_embd == 48
+
+
+def test_only_assigned_names_count(tmp_path):
+    (tmp_path / 'c.py').write_text(
+        'from math import pi as rate\nimport os.path\n\n\n'
+        'def helper(steps):\n    fast = steps\n    return fast\n\n\n'
+        'class C:\n    limit = 3\n\n\n'
+        'unused = 1\ndel unused\nnames = [name for name in ("a", "b")]\n'
+    )
+    config = configure(Options, [str(tmp_path / 'c.py')])
+    assert given(config) == {'rate', 'names'} and config.names == ['a', 'b']
+
+
+def test_a_misspelled_file_gets_a_hint():
     with pytest.raises(UserError, match='did you mean config/train_darklyrics.py'):
-        configure(Knobs, ['config/train_darklyric.py'])
+        configure(Options, ['config/train_darklyric.py'])
 
 
 NANOGPT = """
@@ -204,29 +239,14 @@ NEW = dict(
 ) | dict(beta1=0.8, beta2=0.9, warmup_iters=2, dtype='float32', seed=7)
 
 
-def test_other_projects_words_are_ours_and_mean_one_thing():
+def test_each_alias_means_one_option():
     from train import TrainConfig
 
-    knobs = set(TrainConfig.__dataclass_fields__)
-    assert (
-        set(ALIASES.values()) <= knobs
-        and not set(ALIASES) & knobs
-        and not set(AMBIGUOUS) & (knobs | set(ALIASES))
-    )
-    listed = (
-        (ROOT / 'lyregpt' / 'convert_config.py')
-        .read_text(encoding='utf-8')
-        .split('ALIASES = {')[1]
-        .split('AMBIGUOUS =')[0]
-        .split('.items()')[0]
-    )
-    words = [
-        word
-        for line in listed.splitlines()[2:]
-        if ': ' in line
-        for word in line.split(': ')[1].strip("',").split()
-    ]
-    assert len(words) == len(set(words)) == len(ALIASES), 'none is listed twice'
+    ours = set(TrainConfig.__dataclass_fields__)
+    aliases = ' '.join(OTHER_NAMES.values()).split()
+    assert len(aliases) == len(set(aliases)), 'none is listed twice'
+    assert set(OTHER_NAMES) <= ours
+    assert not set(aliases) & ours and not set(AMBIGUOUS) & {*ours, *aliases}
 
 
 @pytest.mark.parametrize('old', ['old.json', 'old.yaml', 'old.yml'])
@@ -243,9 +263,9 @@ def test_old_configs(tmp_path, capsys, old, new):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and all(old in line for line in said), 'a line for each that is left out'
     for message in (
-        'model.vocab_size has no place here',
-        'training.eval_steps has no place here and is left out; it can mean eval_interval or eval_iters',
-        'training.learning_rat has no place here and is left out; did you mean learning_rate?',
+        'model.vocab_size has no equivalent',
+        'training.eval_steps has no equivalent and is left out; it can mean eval_interval or',
+        'training.learning_rat has no equivalent and is left out; did you mean learning_rate?',
     ):
         assert any(message in line for line in said)
 
@@ -270,23 +290,28 @@ def test_old_configs(tmp_path, capsys, old, new):
             'new.toml: expected a name that ends in .json or .yaml',
         ),
         ('old.py', 'lr = 1e-3', 'new.yaml', 'old.py: expected a name that ends in .json'),
-        ('old.json', '{"lr": 1e-3}', 'there.yaml', 'there.yaml: is there already'),
+        ('old.json', '{"lr": 1e-3}', 'there.yaml', 'there.yaml: already exists'),
         ('old.json', '{"lr": "fast"}', 'new.yaml', 'old.json: lr=fast: expected a number'),
         (
             'old.json',
             '{"train": {"max_steps": -1}}',
             'new.yaml',
-            'old.json: max_iters=-1: expected 0 or more',
+            'max_iters=-1: expected 0 or more',
         ),
         (
             'old.json',
             '{"a": {"lr": 1e-3}, "b": {"learning_rate": 1e-4}}',
             'new.yaml',
-            'a.lr and b.learning_rate both are learning_rate',
+            'a.lr and b.learning_rate both set learning_rate',
         ),
-        ('old.json', '{"model": {"n_embd": 10, "n_head": 3}}', 'new.yaml', 'old.json: '),
-        ('old.json', '{"colour": "red"}', 'new.yaml', 'nothing in it has a place here'),
-        ('old.json', '{}', 'new.yaml', 'nothing in it has a place here'),
+        (
+            'old.json',
+            '{"model": {"n_embd": 10, "n_head": 3}}',
+            'new.yaml',
+            'n_head=3 does not divide n_embd=10',
+        ),
+        ('old.json', '{"colour": "red"}', 'new.yaml', 'nothing in it is an option of train.py'),
+        ('old.json', '{}', 'new.yaml', 'nothing in it is an option of train.py'),
     ],
 )
 def test_old_configs_with_mistakes(tmp_path, old, text, new, message):
@@ -312,9 +337,7 @@ def test_an_old_config_from_the_shell(tmp_path):
     )
     again = script('-m', 'lyregpt', 'convert-config', tmp_path / 'old.json', tmp_path / 'new.yaml')
     assert (
-        again.returncode == 2
-        and again.stderr.count('\n') == 1
-        and 'is there already' in again.stderr
+        again.returncode == 2 and again.stderr.count('\n') == 1 and 'already exists' in again.stderr
     )
 
 
@@ -347,11 +370,11 @@ def test_help_and_exit_status(name):
     )
     assert all(
         '  ' in line.strip() for line in shown.stdout.splitlines() if line.startswith('  --')
-    ), 'each knob has its comment'
+    ), 'each option has its help'
     wrong = script(name, '--nonsense=1')
     assert (
         wrong.returncode == 2
         and wrong.stderr.count('\n') == 1
-        and 'unknown knob' in wrong.stderr
+        and 'unknown option' in wrong.stderr
         and not wrong.stdout
     )
