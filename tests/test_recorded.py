@@ -41,9 +41,9 @@ PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 TRAIN = ['train.py']
 SAMPLE = [*PYTHON, 'sample.py']
-SERVE = [*PYTHON, 'serve.py']
-EXPORT = [*PYTHON, 'export.py']
-CHECKPOINT = [*PYTHON, 'checkpoint.py']
+SERVE = [*PYTHON, '-m', 'lyregpt', 'serve']
+EXPORT = [*PYTHON, '-m', 'lyregpt', 'export']
+CHECKPOINT = [*PYTHON, '-m', 'lyregpt', 'checkpoint']
 PREPARE = [*PYTHON, 'data/text/prepare.py']
 
 
@@ -59,7 +59,7 @@ def configurator_module():
 
 def checkpoint_module():
     """Has load, build_model and tokenizer_of."""
-    return importlib.import_module('checkpoint')
+    return importlib.import_module('lyregpt.checkpoint')
 
 
 def model_module():
@@ -69,7 +69,7 @@ def model_module():
 
 def dataset_module():
     """Has read_tokenizer and Split."""
-    return importlib.import_module('dataset')
+    return importlib.import_module('lyregpt.dataset')
 
 
 # -----------------------------------------------------------------------------
@@ -583,7 +583,7 @@ def fixtures(folder):
         x, _ = split.batch(0, 2)
         found[f'data of {name}'] = {
             'vocabulary': tokenizer.vocab_size,
-            'windows': split.n_windows,
+            'windows': split.n_sequences,
             'tokens': x.tolist(),
             'text': [tokenizer.decode(row) for row in x.tolist()],
             'encoded': tokenizer.encode('Mode solar\n'),
