@@ -33,12 +33,12 @@ import torch.nn.functional as F
 import train as trainer
 from configurator import UserError, build, read_config_file
 from lyregpt import ROOT, checkpoint
-from lyregpt.dataset import choose_tokenizer, folder_of, read_meta, write_dataset
+from lyregpt.dataset import folder_of, read_meta, write_dataset
 from lyregpt.generate import LoadedModel, encode_prompt, generate, prompt_text
 from lyregpt.originality import index_of
 from lyregpt.pretrained import is_pretrained
 from lyregpt.text import Piece, find_files, read_documents, split_text
-from lyregpt.tokenizer import Tokenizer, of_pretrained
+from lyregpt.tokenizer import Tokenizer, choose_tokenizer, of_pretrained
 from model import GPT
 from sample import SampleConfig
 from sample import load as load_model
@@ -300,7 +300,7 @@ def prepare(
     if isinstance(tokenizer, str):
         # a text's different words grow about with its root (Heaps 1978)
         tokenizer = choose_tokenizer(
-            tokenizer, lambda: texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size)))
+            tokenizer, texts, vocab_size or min(4096, max(300, 6 * math.isqrt(size)))
         )
     content = hashlib.sha256(json.dumps(tokenizer.state(), sort_keys=True).encode())
     for text in texts:

@@ -11,10 +11,10 @@ from lyregpt.tokenizer import (
     CharTokenizer,
     WordPieceTokenizer,
     bytes_to_unicode,
+    choose_tokenizer,
     from_hf,
     from_state,
     load,
-    train_tokenizer,
 )
 from tests.conftest import DEMO, gpt2, script
 
@@ -61,21 +61,19 @@ def test_round_trip_of_the_corpus(of_bytes):
 
 
 def test_fuzzed_round_trip(of_bytes):
-    import random
-
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(300):
         text = ''.join(
             chr(
-                dice.choice(
+                rng.choice(
                     [
-                        dice.randrange(32, 127),
-                        dice.randrange(0xD800),
-                        dice.randrange(0xE000, 0x110000),
+                        rng.randrange(32, 127),
+                        rng.randrange(0xD800),
+                        rng.randrange(0xE000, 0x110000),
                     ]
                 )
             )
-            for _ in range(dice.randrange(30))
+            for _ in range(rng.randrange(30))
         )
         assert of_bytes.decode(of_bytes.encode(text)) == text
 
@@ -184,9 +182,7 @@ def test_the_byte_table_is_gpt2s():
     engine = gpt2()
     own = BPETokenizer.train(['aa'], 257)
     for b in range(256):
-        assert own.token_bytes(
-            own._engine.token_to_id(__import__('lyregpt.tokenizer').tokenizer.bytes_to_unicode()[b])
-        ) == bytes([b])
+        assert own.token_bytes(own._engine.token_to_id(bytes_to_unicode()[b])) == bytes([b])
         assert engine._engine.encode_single_token(bytes([b])) < 256
 
 
@@ -223,7 +219,7 @@ def test_bad_sizes_and_ids(bpe):
     for size in 0, 256, 70000:
         for kind in 'bpe', 'wordpiece':
             with pytest.raises(UserError, match=f'vocab_size={size}'):
-                train_tokenizer(kind, ['abc'], size)
+                choose_tokenizer(kind, ['abc'], size)
     with pytest.raises(UserError, match='600 is outside the vocabulary'):
         bpe.decode([600])
 

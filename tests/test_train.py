@@ -407,7 +407,7 @@ def test_best_weights_cannot_be_resumed(chars, trained, tmp_path):
         (['--init_from=gpt3'], 'none of scratch, resume, auto, gpt2, gpt2-medium'),
         (['--init_from=resume'], 'nothing to resume there'),
         (['--batch_size=0'], 'batch_size=0'),
-        (['--block_size=100000'], 'fewer than one window'),
+        (['--block_size=100000'], 'fewer than one sequence'),
         (['--dtype=float16'], 'dtype=float16 needs a GPU'),
         (['--learning_rate=-1'], 'learning_rate=-1'),
         (['--n_ff=-1'], 'n_ff=-1'),

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.text import Piece, find_files, shown  # noqa: E402
+from lyregpt.tokenizer import choose_tokenizer  # noqa: E402
 
 NOT_THEIRS = {
     'site-packages',
@@ -77,7 +78,7 @@ def main() -> None:
             seen += sum(size for _, size in sizes)
 
     tokenizer = choose_tokenizer(
-        config.tokenizer, lambda: (text for _, text, _ in pieces()), config.vocab_size
+        config.tokenizer, (text for _, text, _ in pieces()), config.vocab_size
     )
     source = (
         ', '.join(config.input)

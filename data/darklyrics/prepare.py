@@ -13,8 +13,9 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.text import Piece, pick_split, read_jsonl, shown, song_header  # noqa: E402
+from lyregpt.tokenizer import choose_tokenizer  # noqa: E402
 
 
 @dataclass
@@ -67,7 +68,7 @@ def main() -> None:
 
     tokenizer = choose_tokenizer(
         config.tokenizer,
-        lambda: (text for _, text, _ in songs()),
+        (text for _, text, _ in songs()),
         config.vocab_size,
         lowercase=config.lowercase,
         squeeze=config.squeeze,

@@ -20,8 +20,9 @@ from tqdm import tqdm
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.text import TEXT_FIELDS, WAITS, Piece, atomic_write, pick_split, read_stream, shown  # noqa: E402
+from lyregpt.tokenizer import choose_tokenizer  # noqa: E402
 
 LEARN_FROM = 100_000_000  # characters that a bpe or wordpiece tokenizer learns from: more hardly changes it, and would fill the memory
 KEPT = 'what has come is kept, and the same command goes on behind it'
@@ -125,7 +126,7 @@ def main() -> None:
 
     tokenizer = choose_tokenizer(
         config.tokenizer,
-        to_learn_from,
+        to_learn_from(),
         config.vocab_size,
         lowercase=config.lowercase,
         squeeze=config.squeeze,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import configure, run  # noqa: E402
-from lyregpt.dataset import choose_tokenizer, write_dataset  # noqa: E402
+from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.text import Piece, find_files, pick_split, read_documents, shown, split_text  # noqa: E402
+from lyregpt.tokenizer import choose_tokenizer  # noqa: E402
 
 
 @dataclass
@@ -61,7 +62,7 @@ def main() -> None:
 
     tokenizer = choose_tokenizer(
         config.tokenizer,
-        lambda: (text for document in documents() for text in document),
+        (text for document in documents() for text in document),
         config.vocab_size,
         lowercase=config.lowercase,
         squeeze=config.squeeze,
