@@ -8,11 +8,13 @@ OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME overrides it; OMP_NUM_THREADS s
 """
 
 import contextlib
+import itertools
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 POLICY_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
 
@@ -23,8 +25,7 @@ POLICY_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
 def read(path: str) -> str:
     """The file's text without surrounding blanks, or '' if it cannot be read."""
     try:
-        with open(path, encoding='utf-8', errors='replace') as f:
-            return f.read().strip()
+        return Path(path).read_text(encoding='utf-8', errors='replace').strip()
     except OSError:
         return ''
 
@@ -49,32 +50,24 @@ def cpu_quota(root: str = '/') -> float:
     the groups inside it, so all of them count.
     """
     quota = math.inf
-    for line in read(os.path.join(root, 'proc/self/cgroup')).splitlines():
-        controllers, _, path = line.partition(':')[2].partition(':')
-        if controllers == '':  # version 2
-            mounts, names = ['sys/fs/cgroup'], ['cpu.max']
-        elif 'cpu' in controllers.split(','):
-            mounts, names = (
-                ['sys/fs/cgroup/cpu', f'sys/fs/cgroup/{controllers}'],
-                ['cpu.cfs_quota_us', 'cpu.cfs_period_us'],
-            )
-        else:
+    for line in read(f'{root}/proc/self/cgroup').splitlines():
+        controllers, _, group = line.partition(':')[2].partition(':')
+        if controllers and 'cpu' not in controllers.split(','):
             continue
-        groups = path.strip('/').split('/')
+        mounts = ['cpu', controllers] if controllers else ['']  # version 1, version 2
         for mount in mounts:
-            for depth in range(len(groups) + 1):
-                folder = os.path.join(root, mount, *groups[:depth])
-                quota = min(quota, group_quota([os.path.join(folder, name) for name in names]))
+            names = [f'{root}/sys/fs/cgroup', mount, *group.strip('/').split('/')]
+            folders = itertools.accumulate(names, os.path.join)
+            quota = min(quota, *map(group_quota, folders))
     return quota
 
 
-def group_quota(paths: list[str]) -> float:
-    """CPUs that one control group allows: quota ÷ period, both in microseconds, in these files.
-
-    Infinity if they set no limit.
-    """
+def group_quota(folder: str) -> float:
+    """CPUs that one control group allows, quota ÷ period; infinity if it sets no limit."""
+    names = ('cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us')  # version 2; version 1
+    text = ' '.join(read(f'{folder}/{name}') for name in names)
     try:
-        quota, period = (int(word) for path in paths for word in read(path).split())
+        quota, period = map(int, text.split())
     except ValueError:  # no such files, or "max"
         return math.inf
     return quota / period if quota > 0 and period > 0 else math.inf
@@ -85,9 +78,23 @@ def usable_cores() -> int:
 
     Where the system does not tell which logical CPUs share a core, each counts as one.
     """
-    siblings = '/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
-    cores = {read(siblings.format(cpu)) or str(cpu) for cpu in usable_cpus()}
+    cores = {
+        read(f'/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list') or str(cpu)
+        for cpu in usable_cpus()
+    }
     return max(1, math.ceil(min(len(cores), cpu_quota())))
+
+
+def cpu_ticks(cpus: set[int]) -> tuple[int, int]:
+    """Clock ticks that these logical CPUs were idle since the start of the system, and all ticks.
+
+    Both are 0 where there is no /proc/stat.
+    """
+    rows = [line.split() for line in read('/proc/stat').splitlines()]
+    names = {f'cpu{cpu}' for cpu in cpus}
+    ticks = [[int(number) for number in row[1:9]] for row in rows if row[0] in names]
+    idle = sum(row[3] + row[4] for row in ticks)  # idle, and idle while waiting for a disk
+    return idle, sum(map(sum, ticks))
 
 
 def idle_cpus(seconds: float = 0.1) -> float:
@@ -96,23 +103,11 @@ def idle_cpus(seconds: float = 0.1) -> float:
     Measured by the kernel's counters over `seconds`; without those, by the load average.
     """
     cpus = usable_cpus()
-
-    def idle_and_total() -> tuple[int, int]:
-        rows = [line.split() for line in read('/proc/stat').splitlines()]
-        mine = [
-            [int(n) for n in row[1:9]]
-            for row in rows
-            if row[0][:3] == 'cpu' and row[0][3:].isdecimal() and int(row[0][3:]) in cpus
-        ]
-        return sum(row[3] + row[4] for row in mine), sum(
-            map(sum, mine)
-        )  # idle, and idle with a disk to wait for
-
-    before = idle_and_total()
+    idle_before, total_before = cpu_ticks(cpus)
     time.sleep(seconds)
-    after = idle_and_total()
-    if after[1] > before[1]:
-        return len(cpus) * (after[0] - before[0]) / (after[1] - before[1])
+    idle, total = cpu_ticks(cpus)
+    if total > total_before:
+        return len(cpus) * (idle - idle_before) / (total - total_before)
     if hasattr(os, 'getloadavg'):  # macOS
         return max(0.0, len(cpus) - os.getloadavg()[0])
     return len(cpus)
@@ -136,36 +131,24 @@ def choose_waiting() -> tuple[dict[str, str], str]:
     if threads == 1:
         return {}, ''
     cpus = min(len(usable_cpus()), cpu_quota())
-    for _ in range(
-        3
-    ):  # the choice holds for a whole run, so what is busy for a moment should not decide
-        idle = min(
-            idle_cpus() + processes - 1, cpus
-        )  # the other processes of this run are busy importing
+    for _ in range(3):  # the choice holds for the whole run, so a busy moment should not decide it
+        # The other processes of this run are busy importing.
+        idle = min(idle_cpus() + processes - 1, cpus)
         if idle > threads - 0.5:
             return {}, f'spin while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
     return {'OMP_WAIT_POLICY': 'PASSIVE'}, f'sleep while waiting ({idle:.1f} of {cpus:g} CPUs idle)'
 
 
-def import_torch() -> str:
-    """Load torch with the chosen waiting policy; returns the policy as text.
+TORCH_IS_NEW = 'torch' not in sys.modules
+variables, WAITING = choose_waiting() if TORCH_IS_NEW else ({}, '')
+os.environ |= variables
 
-    Without OMP_NUM_THREADS it gets at most one thread per usable core.
-    """
-    if 'torch' in sys.modules:  # too late to choose
-        return ''
-    variables, policy = choose_waiting()
-    os.environ |= variables
-    import torch
+import torch  # noqa: E402  with the policy in effect
 
-    for name in variables:  # no longer needed: a script that this one starts chooses for itself
-        del os.environ[name]
-    if not positive_number('OMP_NUM_THREADS', 0):
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-    return policy
-
-
-WAITING = import_torch()
+for variable in variables:  # no longer needed: a script that this one starts chooses for itself
+    del os.environ[variable]
+if TORCH_IS_NEW and not positive_number('OMP_NUM_THREADS', 0):
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def check_threads(threads: int | str) -> None:
@@ -176,8 +159,6 @@ def check_threads(threads: int | str) -> None:
 
 def set_threads(threads: int | str) -> int:
     """Compute with this many threads from now on; 'auto' changes nothing. Returns the number."""
-    import torch
-
     torch.set_num_threads(torch.get_num_threads() if threads == 'auto' else int(threads))
     return torch.get_num_threads()
 
@@ -185,8 +166,6 @@ def set_threads(threads: int | str) -> int:
 @contextlib.contextmanager
 def threads_restored() -> Iterator[None]:
     """Compute with as many threads afterwards as before, whatever was set in between."""
-    import torch
-
     before = torch.get_num_threads()
     try:
         yield
@@ -196,12 +175,10 @@ def threads_restored() -> Iterator[None]:
 
 def describe_threads() -> str:
     """For a log, as in "2 threads that spin while waiting (2.0 of 2 CPUs idle)"."""
-    import torch
-
     number, cores = torch.get_num_threads(), usable_cores()
-    text = f'{number} thread' + ('s' if number > 1 else '')
+    text = '1 thread' if number == 1 else f'{number} threads'
     if number != cores:
-        text += f' on {cores} usable core' + ('s' if cores > 1 else '')
+        text += ' on 1 usable core' if cores == 1 else f' on {cores} usable cores'
     if number > 1 and WAITING:
         text += f' that {WAITING}'
     return text

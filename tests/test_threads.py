@@ -171,7 +171,10 @@ print(threads.WAITING, torch.get_num_threads())"""
 
 def test_the_policy_is_set_while_torch_loads_and_not_inherited(tmp_path):
     (tmp_path / 'torch.py').write_text('import os\npolicy = os.environ.get("OMP_WAIT_POLICY")\n')
-    code = 'import os, threads, torch; print(torch.policy, os.environ.get("OMP_WAIT_POLICY"))'
+    code = """
+from lyregpt import threads
+import os, torch
+print(torch.policy, os.environ.get("OMP_WAIT_POLICY"))"""
     environment = {k: v for k, v in os.environ.items() if k not in threads.POLICY_VARIABLES}
     environment |= {
         'PYTHONPATH': str(tmp_path),
