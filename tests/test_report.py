@@ -1,4 +1,4 @@
-"""A run's report: what it shows, what it advises, and that it can neither hurt its reader nor its run."""
+"""The report of a run: content, advice, and that it harms neither its reader nor the run."""
 
 import json
 import math
@@ -23,7 +23,10 @@ from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import ROOT, script, tiny
 from train import TrainConfig, train
 
-HARM = '</div><script>document.title = "harmed"</script><img src="https://example.org/x.png" onerror="alert(1)">'
+HARM = (
+    '</div><script>document.title = "harmed"</script>'
+    '<img src="https://example.org/x.png" onerror="alert(1)">'
+)
 CHROMIUM = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
 )
@@ -75,7 +78,7 @@ def test_a_run_ends_with_its_report(reported):
         < 60
     )
     assert (
-        f'A GPT of {facts["model"]["parameters"]:,} parameters read 5,120 tokens' in page
+        f'A GPT of {facts["model"]["parameters"]:,} parameters was trained on 5,120 tokens' in page
         and 'in 40 steps' in page
     )
     assert (
@@ -87,10 +90,10 @@ def test_a_run_ends_with_its_report(reported):
         assert f'<td>{step}</td>' in page and f'<small>step {step}</small>' in page, (
             'evaluations and samples, of both parts'
         )
-    settings, others = page[page.index('<h2>Settings') :].split('<details>')
+    changed, others = page[page.index('<h2>Options') :].split('<details>')
     assert (
-        '>n_embd</th><td>32<' in settings
-        and 'beta1' not in settings
+        '>n_embd</th><td>32<' in changed
+        and 'beta1' not in changed
         and '>beta1</th><td>0.9<' in others
     )
     assert len(page) < 150_000
@@ -98,7 +101,10 @@ def test_a_run_ends_with_its_report(reported):
 
 
 def test_one_page_for_itself(reported, tmp_path):
-    """Whatever stands in a run's files, its page holds no script and asks nobody for anything; it fits a phone and has a dark side."""
+    """Whatever a run's files contain, its page has no script and makes no requests.
+
+    It fits a phone and has dark colors.
+    """
     out = tmp_path / '<img src=x onerror=alert(1)>'
     shutil.copytree(reported, out, ignore=shutil.ignore_patterns('*.pt'))
     with open(out / 'train.log', 'a', encoding='utf-8') as f:
@@ -204,9 +210,9 @@ def test_a_signal_does_not_wait_for_a_report(chars, tmp_path):
     )
     done = script('-m', 'lyregpt', 'report', f'--out_dir={tmp_path}')
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / 'report.html')
-    assert 'Its end: stopped by SIGTERM.' in page_of(tmp_path) and 'None were taken' in page_of(
+    assert 'The run ended early: stopped by SIGTERM.' in page_of(
         tmp_path
-    )
+    ) and 'None were taken' in page_of(tmp_path)
 
 
 def test_runs_of_before_and_runs_that_go_on(reported, tmp_path):
@@ -220,7 +226,7 @@ def test_runs_of_before_and_runs_that_go_on(reported, tmp_path):
         f.write('50,6400,9.9,1.')  # a row that is being written
     (tmp_path / 'run.json').write_text('[{"from_step": 0}]')
     page = report.page(report.read_run(str(tmp_path)))
-    assert 'in 40 steps' in page and 'still goes on, or was killed' in page
+    assert 'in 40 steps' in page and 'still running, or it was killed' in page
 
 
 @pytest.mark.parametrize(
@@ -247,18 +253,22 @@ def test_mistakes(tmp_path, name, text, message):
 
 
 def test_starts_quickly():
-    code = "import sys, report, bench; assert not {'torch', 'matplotlib'} & set(sys.modules), 'half a second each or more'"
+    code = (
+        'import sys, bench; from lyregpt import report; '
+        "assert not {'torch', 'matplotlib', 'jinja2'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
 
 
 # -----------------------------------------------------------------------------
-# What to try next. The losses below are of real runs on the embedded songs (--block_size=64 --batch_size=16 and so on): step, training, validation
+# What to try next. The losses are of real runs on the embedded songs (--block_size=64
+# --batch_size=16 and so on).
 
 
 VALIDATION = {'validation windows': 731, 'validation windows read': 731, 'windows at once': 16}
 ALL = {'training tokens': 420_867, 'validation tokens': 46_764} | VALIDATION
 FEW = {'training tokens': 32_705, 'validation tokens': 8_178} | VALIDATION
-RUNS: dict = {  # name: (knobs, facts, [(step, training loss, gradient norm, validation loss)])
+RUNS: dict = {  # name: (options, facts, [(step, training loss, gradient norm, validation loss)])
     'heart': (
         dict(max_iters=400, eval_interval=40),
         dict(model={'parameters': 116_032}, data=FEW),
@@ -372,8 +382,8 @@ RUNS: dict = {  # name: (knobs, facts, [(step, training loss, gradient norm, val
 }
 
 
-def recorded(name, knobs=(), rows=slice(None), **facts):
-    """A Run with the curves of RUNS[name], some rows of them, or other knobs and facts."""
+def recorded(name, changed=(), rows=slice(None), **facts):
+    """A Run with the curves of RUNS[name], some rows of them, or other options and facts."""
     settings, told, losses = RUNS[name]
     config = dict(
         init_from='scratch',
@@ -400,13 +410,13 @@ def recorded(name, knobs=(), rows=slice(None), **facts):
     return Run(
         'out',
         found,
-        config | {'gradient_accumulation_steps': 1} | settings | dict(knobs),
+        config | {'gradient_accumulation_steps': 1} | settings | dict(changed),
         [{'began_from': 'scratch', 'end': 'done'} | told | facts],
     )
 
 
 def said(run):
-    """The advice as one text. Each knob in it must be one that train.py takes beside the run's own."""
+    """The advice as one text. train.py must accept each option in it beside the run's own."""
     hints = report.advice(run)
     for words in re.findall('`(--.*?)`', ' '.join(way for _, way in hints)):
         configure(
@@ -419,25 +429,76 @@ def said(run):
 @pytest.mark.parametrize(
     'run, first, more',
     [
-        (recorded('heart'), 'The validation loss was lowest at step 200 (1.898) and rose to 2.046 at step 400, while the training loss fell from',
-         ['overfitting', '--dropout=0.1', '--patience=3', '--n_layer=1', 'read its 32,705 tokens 12.5 times', '580,160 tokens would suit',
-          '8,178 tokens; below 10,000']),
-        (recorded('heart', rows=slice(0, 7)), 'Over the last third of the steps the training loss fell by',
-         ['to 1.492, the validation loss by 0.000 to 1.906', 'overfitting begins']),
-        (recorded('short'), 'The validation loss still falls: the last doubling of the steps, to 120, brought 0.194 (2.408 to 2.214)',
-         ['too short', '--max_iters=240', '1.8 tokens a parameter', '--max_iters=1305']),
-        (recorded('short', {'max_minutes': 3.0}), 'The validation loss still falls', ['--max_minutes=6']),
-        (recorded('low'), 'The validation loss still falls', ['learns slowly', '--learning_rate=0.0003']),
-        (recorded('high'), 'The training loss jumped 3 times, the most at step 80, from 41.81 to 73.50',
-         ['3 times longer than grad_clip=1 in 100%', '--learning_rate=1`']),
-        (recorded('low', end='the loss became NaN or infinite at step 150'), 'The loss became NaN', ['A lower learning rate: `--learning_rate=3.333e-05`']),
-        (recorded('small'), 'Both losses hardly move any more, close together (training 2.466, validation 2.511)', ['--n_head=4 --n_embd=8', 'too small']),
-        (recorded('short', rows=slice(0, 3)), '1 evaluation: too few', ['--eval_interval=2']),
-        (recorded('small', seconds={'training': 70, 'evaluation': 30}), 'Both losses', ['30% of the time went into evaluations', '--eval_interval=200']),
-        (recorded('small', data=ALL | {'validation windows read': 100}), 'Both losses', ['over 6,397 tokens', '--eval_iters=None']),
+        (
+            recorded('heart'),
+            'The validation loss was lowest at step 200 (1.898) and rose to 2.046 at step 400, '
+            'while the training loss fell from',
+            [
+                'overfitting',
+                '--dropout=0.1',
+                '--patience=3',
+                '--n_layer=1',
+                'trained on its 32,705 tokens for 12.5 epochs',
+                '580,160 tokens would suit',
+                '8,178 tokens; below 10,000',
+            ],
+        ),
+        (
+            recorded('heart', rows=slice(0, 7)),
+            'Over the last third of the steps the training loss fell by',
+            ['to 1.492, the validation loss by 0.000 to 1.906', 'is beginning to overfit'],
+        ),
+        (
+            recorded('short'),
+            'The validation loss is still falling: the second half of the steps, to 120, reduced '
+            'it by 0.194 (2.408 to 2.214)',
+            ['too short', '--max_iters=240', '1.8 tokens per parameter', '--max_iters=1305'],
+        ),
+        (
+            recorded('short', {'max_minutes': 3.0}),
+            'The validation loss is still falling',
+            ['--max_minutes=6'],
+        ),
+        (
+            recorded('low'),
+            'The validation loss is still falling',
+            ['training is slow', '--learning_rate=0.0003'],
+        ),
+        (
+            recorded('high'),
+            'The training loss jumped 3 times; the largest jump was at step 80, from 41.81 to '
+            '73.50',
+            ['3 times grad_clip=1 in 100%', '--learning_rate=1`'],
+        ),
+        (
+            recorded('low', end='the loss became NaN or infinite at step 150'),
+            'The run ended because the loss became NaN',
+            ['A lower learning rate: `--learning_rate=3.333e-05`'],
+        ),
+        (
+            recorded('small'),
+            'Both losses hardly change any more and are close together (training 2.466, '
+            'validation 2.511)',
+            ['--n_head=4 --n_embd=8', 'too small'],
+        ),
+        (
+            recorded('short', rows=slice(0, 3)),
+            'Number of evaluations: 1, too few',
+            ['--eval_interval=2'],
+        ),
+        (
+            recorded('small', seconds={'training': 70, 'evaluation': 30}),
+            'Both losses',
+            ['Evaluations took 30% of the time', '--eval_interval=200'],
+        ),
+        (
+            recorded('small', data=ALL | {'validation windows read': 100}),
+            'Both losses',
+            ['over 6,397 tokens', '--eval_iters=None'],
+        ),
     ],
     ids=lambda value: '' if isinstance(value, Run) else None,
-)  # fmt: skip
+)
 def test_advice(run, first, more):
     text = said(run)
     assert text.startswith(first), text
@@ -457,23 +518,25 @@ def test_advice_of_other_beginnings():
     slow = recorded('small', seconds={'training': 100.0})
     for row in slow.rows:
         row['mfu'] = row['mfu'] and 0.05
-    assert 'The machine did 5%' in said(slow) and '--compile=True' in said(slow)
+    assert 'The run used 5%' in said(slow) and '--compile=True' in said(slow)
 
 
 def test_a_run_that_has_not_ended_is_to_go_on():
     for facts in {'end': None}, {'end': 'stopped by SIGTERM'}:
         text = said(recorded('short', {'max_iters': 5000}, **facts))
         assert (
-            'still falls' in text
-            and '(120 of 5,000 steps)' in text
+            'still falling' in text
+            and '(120 of at most 5,000 steps)' in text
             and '`python train.py --out_dir=out --init_from=resume`' in text
         )
         assert '--max_iters' not in text and 'too short' not in text
-        assert 'let it go on' in said(recorded('short', {'max_iters': 5000}, slice(0, 3), **facts))
+        assert 'let it continue' in said(
+            recorded('short', {'max_iters': 5000}, slice(0, 3), **facts)
+        )
     before = recorded('short', {'max_iters': 5000})
-    before.sessions = []  # of before run.json
-    assert 'let it go on' in said(before)
-    assert 'still falls' not in said(
+    before = Run('out', before.rows, before.config)  # without run.json
+    assert 'let it continue' in said(before)
+    assert 'still falling' not in said(
         recorded(
             'short', {'max_iters': 5000}, end='stopped: reached the target validation loss of 3'
         )
@@ -481,7 +544,7 @@ def test_a_run_that_has_not_ended_is_to_go_on():
     page = report.page(
         recorded('short', {'max_iters': 5000, 'eval_iters': 9}, data={}, model={}, end=None)
     )
-    assert '--init_from=resume</code>' in page and 'The knobs go behind' not in page
+    assert '--init_from=resume</code>' in page and 'append its options' not in page
 
 
 def test_no_hint_changes_nothing_or_what_is_not_known():
@@ -499,14 +562,14 @@ def test_no_hint_changes_nothing_or_what_is_not_known():
     )
     for row in slow.rows:
         row['mfu'] = row['mfu'] and 0.05
-    assert 'Both losses' in said(slow) and 'The machine' not in said(slow)
+    assert 'Both losses' in said(slow) and 'The run used' not in said(slow)
     for name in RUNS:
         bare = recorded(name, seconds={'training': 60.0, 'evaluation': 60.0})
         bare.config = {}
         for row in bare.rows:
             row['mfu'] = row['mfu'] and 0.05
         text = '\n'.join(f'{shows} -> {way}' for shows, way in report.advice(bare))
-        assert 'evaluations' in text and not re.search(
+        assert 'Evaluations' in text and not re.search(
             r'=0\b(?!\.)|--(dropout|learning_rate|n_\w+|batch_size|eval_interval)=', text
         ), text
 
@@ -516,28 +579,39 @@ def test_samples_that_look_like_their_end(tmp_path):
         (tmp_path / 'train.log').write_bytes(text.encode())
         return [(s['step'], s['text'], s['remark']) for s in report.read_samples(str(tmp_path))]
 
-    new = 'step 10: loss 5\n--- sample of 4 lines\na\n---\n--- sample\nb\n--- new\nstep 20: loss 4\n--- sample of 1 line\n\n---\n--- sample of 9 lines\nhalf'
+    new = (
+        'step 10: loss 5\n--- sample of 4 lines\na\n---\n--- sample\nb\n--- new\n'
+        'step 20: loss 4\n--- sample of 1 line\n\n---\n--- sample of 9 lines\nhalf'
+    )
     assert (
         write_log(new)
         == write_log(new.replace('\n', '\r\n'))
         == [(10, 'a\n---\n--- sample\nb', 'new'), (20, '', '')]
     )
-    old = 'step 10: loss 5\n--- sample\na\nb\n--- one\nstep 20: loss 4\n--- sample\n\n--- two\nstep 30: loss 4\n'
+    old = (
+        'step 10: loss 5\n--- sample\na\nb\n--- one\n'
+        'step 20: loss 4\n--- sample\n\n--- two\nstep 30: loss 4\n'
+    )
     assert write_log(old) == [(10, 'a\nb', 'one'), (20, '', 'two')]
 
 
 def test_charts_need_no_backend():
-    code = "import sys; from tests.test_report import recorded; import report; assert len(report.charts(recorded('heart'))) == 3; "
-    code += "import matplotlib; assert 'matplotlib.pyplot' not in sys.modules and matplotlib.rcParams._get('backend') == 'TkAgg'"
+    code = (
+        'import sys; from tests.test_report import recorded; from lyregpt import report; '
+        "assert len(report.charts(recorded('heart'))) == 3; import matplotlib; "
+        "assert 'matplotlib.pyplot' not in sys.modules; "
+        "assert matplotlib.rcParams._get('backend') == 'TkAgg'"
+    )
     done = script('-c', code, MPLBACKEND='TkAgg')
     assert done.returncode == 0, done.stderr
 
 
 def test_nothing_wrong_is_said():
     run = recorded('small')
-    for row in run.training:  # a gap that does not grow
-        row['train_loss'] -= 0.2
-    assert report.advice(run) == [] and 'These figures point to no fault' in report.page(run)
+    for row in run.rows:  # a gap that does not grow
+        if row['train_loss']:
+            row['train_loss'] -= 0.2
+    assert report.advice(run) == [] and 'These figures show no problem' in report.page(run)
 
 
 # -----------------------------------------------------------------------------
@@ -604,12 +678,12 @@ def test_what_does_not_compare(chars, reported, demo_text, tmp_path):
     for other, told, bits in (
         (
             run_on('bpe', demo_text, BPETokenizer.train([demo_text], 300)),
-            'tokenizers differ, so losses per token do not compare; bits per byte do',
+            'tokenizers differ, so losses per token cannot be compared; bits per byte can',
             True,
         ),
         (
             run_on('bpe-half', demo_text[:20_000], BPETokenizer.train([demo_text], 300)),
-            'nothing tells that their validation texts are the same',
+            'nothing shows that their validation text is the same',
             False,
         ),
         (run_on('half', demo_text[:20_000], tokenizer), 'validation data differ', False),
