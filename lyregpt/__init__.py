@@ -1,6 +1,6 @@
-"""lyreGPT as a library: `lyregpt.train` and `lyregpt.load`, and the modules behind the scripts.
+"""lyreGPT as a library: `lyregpt.train` and `lyregpt.load`, and the modules that the scripts share.
 
-`import lyregpt` itself imports nothing heavy: lyregpt/api.py, and PyTorch with it, is loaded on first use.
+`import lyregpt` imports nothing heavy: lyregpt/api.py, and PyTorch with it, is loaded on first use.
 """
 
 import importlib
@@ -8,16 +8,17 @@ import importlib.util
 import os
 from typing import Any
 
+__version__ = '0.2.0'
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROOT_MODULES = ('configurator', 'model', 'train', 'sample', 'bench')
 
 
-def shadowed() -> str:
-    """The path of a file that Python would import instead of one of our scripts; '' if there is none.
+def shadowing_file() -> str:
+    """The path of a file that Python would import instead of one of our scripts; '' without one.
 
     Python looks in the current directory first, so a `model.py` or `train.py` there hides ours.
     """
-    for name in ROOT_MODULES:
+    for name in ('configurator', 'model', 'train', 'sample', 'bench'):
         spec = importlib.util.find_spec(name)
         ours = os.path.join(ROOT, f'{name}.py')
         if spec and spec.origin and os.path.realpath(spec.origin) != os.path.realpath(ours):
@@ -26,14 +27,10 @@ def shadowed() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """A module of this package, or a name of lyregpt/api.py, such as `train` and `load`."""
+    """The names of lyregpt/api.py, such as `train` and `load`."""
     if name.startswith('__'):
         raise AttributeError(name)
-    # `from lyregpt import threads` asks here first, and must not load all of api.py.
-    if importlib.util.find_spec(f'lyregpt.{name}'):
-        return importlib.import_module(f'lyregpt.{name}')
-    path = shadowed()
+    path = shadowing_file()
     if path:
         raise ImportError(f'{path} hides the file of the same name in {ROOT}: rename it')
-    api = importlib.import_module('lyregpt.api')
-    return getattr(api, name)
+    return getattr(importlib.import_module('lyregpt.api'), name)

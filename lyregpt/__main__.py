@@ -18,33 +18,39 @@ COMMANDS = {
     'doctor': ('lyregpt.doctor', 'check the installation'),
     'convert-config': ('lyregpt.convert_config', "convert another project's config file"),
 }
-HELP = ('-h', '--help')
-
-
-def usage() -> str:
-    """The list of commands."""
-    lines = [f'  {name:16}{about}' for name, (_, about) in COMMANDS.items()]
-    return '\n'.join(['usage: lyregpt COMMAND [options]', '', *lines])
 
 
 def main() -> None:
     """Run the command that the command line names."""
-    path = lyregpt.shadowed()
+    path = lyregpt.shadowing_file()
     if path:
-        sys.exit(
-            f'lyregpt: error: {path} hides the file of the same name in {lyregpt.ROOT}: rename it'
+        print(
+            f'lyregpt: error: {path} hides the file of the same name in {lyregpt.ROOT}: rename it',
+            file=sys.stderr,
         )
-    from configurator import check_name, run
+        sys.exit(2)
+    from configurator import run
 
-    if len(sys.argv) < 2 or sys.argv[1] in HELP:
-        print(usage())
-        return
-    sys.argv[0] = 'lyregpt'
-    command = sys.argv.pop(1)
-    run(lambda: check_name(command, COMMANDS, kind='command'))
-    sys.argv[0] = f'lyregpt {command}'
-    module = importlib.import_module(COMMANDS[command][0])
-    run(module.main)
+    sys.argv[0] = 'lyregpt'  # the messages' name of the program
+    run(run_command)
+
+
+def run_command() -> None:
+    """Import the command's module and call its `main`."""
+    from configurator import check_name
+
+    command = sys.argv[1] if len(sys.argv) > 1 else '--help'
+    if command in ('-h', '--help'):
+        print('usage: lyregpt COMMAND [options]\n')
+        for name, (_, purpose) in COMMANDS.items():
+            print(f'  {name:16}{purpose}')
+    elif command == '--version':
+        print(f'lyregpt {lyregpt.__version__}')
+    else:
+        check_name(command, COMMANDS, kind='command')
+        sys.argv[0:2] = [f'lyregpt {command}']
+        module, _ = COMMANDS[command]
+        importlib.import_module(module).main()
 
 
 if __name__ == '__main__':
