@@ -27,9 +27,12 @@ def shadowing_file() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """The names of lyregpt/api.py, such as `train` and `load`."""
+    """A module of this package, or a name of lyregpt/api.py, such as `train` and `load`."""
     if name.startswith('__'):
         raise AttributeError(name)
+    # `from lyregpt import threads` asks here first, and must not load all of api.py.
+    if importlib.util.find_spec(f'lyregpt.{name}'):
+        return importlib.import_module(f'lyregpt.{name}')
     path = shadowing_file()
     if path:
         raise ImportError(f'{path} hides the file of the same name in {ROOT}: rename it')
