@@ -11,7 +11,7 @@ CHECKS = ['packages', 'disk', 'imports', 'device', 'training', 'resuming', 'gene
 
 def doctor(*words, **env):
     """(exit status, {check: (status, text)}, the last line, stderr)"""
-    done = script('-m', 'lyregpt', 'doctor', '--device=cpu', *words, **env)
+    done = script('-m', 'lyregpt', 'doctor', '--device=cpu', *words, timeout=400, **env)
     *lines, last = done.stdout.splitlines() or ['']
     checks = {line[6:16].strip(): (line[:5].strip(), line[17:]) for line in lines}
     return done.returncode, checks, last, done.stderr
