@@ -186,6 +186,7 @@ if '--device=cpu' not in words:
 OURS_SAMPLE = """
 import torch
 from lyregpt.device import copy_bandwidth, pick_device
+from lyregpt.quantize import quantize_model
 from model import GPT, GPTConfig
 torch.manual_seed(1337)
 device = pick_device(device)
@@ -193,7 +194,7 @@ model = GPT(GPTConfig(**shape)).to(device).eval()
 if dtype != 'float32':
     model.to(getattr(torch, dtype))
 read = sum(p.numel() * (1 if quantize and p.dim() > 1 else p.element_size()) for p in model.parameters())
-model.quantize(quantize)
+quantize_model(model, quantize)
 options = dict(temperature=0.8, top_k=200, compile=compile)
 for _ in range(2):
     list(model.generate([prompt] * batch, 8, **options))

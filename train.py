@@ -49,7 +49,7 @@ from lyregpt.device import (
     pick_dtype,
     put,
 )
-from lyregpt.distributed import Distributed, lost_contact, shard, shares
+from lyregpt.distributed import Distributed, init_sharded_weights, lost_contact, shard, shares
 from lyregpt.logger import Log
 from lyregpt.optim import configure_optimizers
 from lyregpt.originality import Index
@@ -386,7 +386,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             elif source:
                 state = checkpoint.read_folder(source, config.init_from == 'resume', into=model)
             else:
-                model.init_weights()
+                init_sharded_weights(model)
     else:
         model.to(device)
     block_size = model.config.block_size

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from lyregpt.device import pick_device
+from lyregpt.device import pick_device, put
 from model import GPT
 
 T = TypeVar('T')
@@ -206,3 +206,15 @@ def shard(model: GPT, team: Distributed, dtype: torch.dtype, cpu_offload: bool =
         fully_shard(block, **knobs)
     fully_shard(model, **knobs)
     register_fsdp_forward_method(model, 'next_logits')  # generate calls this one
+
+
+@torch.no_grad()
+def init_sharded_weights(model: GPT) -> None:
+    """Draw the weights of a sharded model: the same ones for any number of processes.
+
+    Each process draws every whole parameter, and keeps its own part.
+    """
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        model.init_weight(name, whole)
+        put(parameter, whole)

@@ -1,48 +1,45 @@
-"""Many texts written by one model at once: a batch that rows join and leave between tokens (continuous batching).
+"""Continuous batching: requests join and leave the batch between tokens (Orca, Yu et al. 2022).
 
-    engine = Engine(model, tokenizer, deliver)    # deliver(events) is called by run(), once a step
+    engine = Engine(model, tokenizer, deliver)    # run() calls deliver(events) once a step
     threading.Thread(target=engine.run).start()
     engine.submit([Request(prompt, max_tokens=100, seed=7)])
 
-Orca (Yu et al. 2022) showed the idea. What a row writes depends on its own prompt, options and seed alone, to the last bit on a
-CPU, whoever else is in the batch: rows are read one at a time, in pieces cut at fixed places; a batch has at least two rows, as
-products of one row round in their own way; attention goes over a multiple of 64 keys (model.attend_alike); each row has its dice.
+On a CPU, the tokens of a request have the same bits whatever else is in the batch: prompts are read
+one at a time, in chunks cut at fixed positions; a batch has at least two rows, as products of one
+row round differently; attention covers a multiple of 64 keys (model.batch_invariant_attention).
 """
 
 import contextlib
 import copy
-import itertools
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lyregpt.tokenizer import Tokenizer
-from model import GPT, KVCache, sample_token
+from model import GPT, Sampler, ceil_div, fit_context, sample_token
 
-CHUNK = 256  # prompt tokens read between two steps: a long prompt must not make the others wait
+CHUNK = 256  # prompt tokens read between two steps: a long prompt must not block the others
 KEYS = 64
 
 
 @dataclass
 class Delta:
-    """What became certain of a row in one step: text, the tokens behind it, and how the row ended, if it did."""
+    """What one step added to a request: text, its tokens, and how the request ended, if it did."""
 
     text: str = ''
-    tokens: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # with logprobs: token, logprob, top, offset
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # token, logprob, top, offset
     finish: str = ''  # stop (the document's end, or a stop text), length, or error
     error: str = ''
 
 
 @dataclass(eq=False)
 class Request:
-    """One text to write, with its options; the engine's notes on it below."""
+    """A prompt and the options of its continuation; the engine's own state is below them."""
 
     prompt: list[int]  # token ids; the last block_size of them are read
     max_tokens: int = 16
@@ -51,41 +48,35 @@ class Request:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 1337
-    stop: Sequence[str] = ()  # texts that end it; they are not given out
-    logprobs: int | None = (
-        None  # how many of the likeliest tokens to tell the probabilities of; None: no probabilities at all
-    )
-    echo: str = ''  # the prompt as text, to be given out before what is written
-    score: int = 0  # with logprobs: tell those of so many prompt tokens too, the last ones
-    avoid: Any = None  # an originality.CopyFilter: what must not be copied
-    tag: Any = None  # the caller's own
+    stop: Sequence[str] = ()  # texts that end it; they are not part of the result
+    logprobs: int | None = None  # report log probabilities, and those of so many likely tokens
+    echo: str = ''  # the prompt as text, if the result is to begin with it
+    score: int = 0  # with logprobs: report this many prompt tokens, too, the last ones
+    avoid: Any = None  # an originality.CopyFilter
+    tag: Any = None  # for the caller's own use
 
     generated: list[int] = field(default_factory=list)
-    cancelled: bool = False
-    dice: torch.Generator | None = None
-    chances: Iterator[float] = iter(())
-    seen: torch.Tensor | None = None  # for the repetition penalty: is the token in the text?
-    place: int = 0  # of the next token
-    decode: Callable[[int | None], str] | None = None
+    sampler: Any = None  # a Sampler, once the prompt has been read
+    decode: Any = None  # the tokenizer's stream decoder
+    position: int = 0  # of the next token
     held: str = ''  # text that may be the beginning of a stop text
-    given: int = 0  # characters given out
-    waiting: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # token reports of text that is held
+    n_emitted: int = 0  # characters
+    reports: list[dict[str, Any]] = field(default_factory=list)  # of tokens whose text is held
 
 
 class QueueFullError(Exception):
-    """There are too many waiting rows already."""
+    """Too many requests are waiting already."""
 
 
 class EngineStoppedError(Exception):
-    """Nobody writes any more."""
+    """`run()` has ended."""
 
 
 class Engine:
-    """Writes all submitted rows in `run()`, which is for a thread of its own; the other methods are for any.
+    """Processes all submitted requests in `run()`, in one thread; other methods are thread-safe.
 
-    At most `max_batch` rows write at once, `max_queue` wait for a place. `deliver` gets a list of (row, Delta) after each step.
+    At most `max_batch` requests are generated at once, `max_queue` wait. `deliver` gets a list of
+    (request, Delta) after each step.
     """
 
     def __init__(
@@ -96,67 +87,54 @@ class Engine:
         max_batch: int = 64,
         max_queue: int = 256,
     ):
-        self.model, self.tokenizer, self.deliver, self.max_batch, self.max_queue = (
-            model,
-            tokenizer,
-            deliver,
-            max_batch,
-            max_queue,
-        )
-        self.rows: set[Request] = set()  # all that are here: those that write and those that wait
+        self.model, self.tokenizer, self.deliver = model, tokenizer, deliver
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.requests: set[Request] = set()  # all that wait or are active
         self.queue: deque[Request] = deque()
-        self.active: list[Request] = []  # row i has place i in the cache
+        self.active: list[Request] = []  # request i has row i of the cache
         self.changed = threading.Condition()
-        self.running, self.stopping = True, False  # not running: it has ended, and takes no more
+        self.running, self.stopping = True, False  # not running: the engine has ended
         self.events: list[tuple[Request, Delta]] = []
-        self.read_ids: list[
-            int
-        ] = []  # what `reader` has read, and the logits behind it: n samples of one prompt read it once
-        self.reading: Request | None = None  # for whom, if there is more to read
-        self.logits: torch.Tensor | None = None
-        weight = model.transformer.wte.weight
-        self.device, self.dtype = (
-            weight.device,
-            torch.float32 if weight.device.type == 'cpu' else weight.dtype,
-        )
-        self.room = -(-model.config.block_size // KEYS) * KEYS
-        self.reader = KVCache(model.config, 1, self.room, self.device, self.dtype)
-        first = max(2, max_batch) if self.device.type == 'cuda' else 4
-        self.cache = KVCache(
-            model.config, first, self.room, self.device, self.dtype
-        )  # on a CPU it grows when more write at once
+        self.device = model.transformer.wte.weight.device
+        self.capacity = ceil_div(model.config.block_size, KEYS) * KEYS
+        # prompts are read into a cache of their own; samples of one prompt read it once
+        self.reader = model.new_cache(1, self.capacity)
+        self.read_ids: list[int] = []  # the reader's content
+        self.logits = torch.empty(0)  # those of the token after it
+        self.reading: Request | None = None  # the request whose prompt is not read completely
+        # on a CPU the cache grows when more are active at once
+        batch = max(2, max_batch) if self.device.type == 'cuda' else 4
+        self.cache = model.new_cache(batch, self.capacity)
 
-    def submit(self, rows: Sequence[Request]) -> None:
-        """Have the rows written, in order of arrival.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Append the requests to the queue.
 
-        Raises QueueFullError if they would be more than `max_queue` waiting ones, EngineStoppedError after `run()`.
+        Raises QueueFullError if more than `max_queue` would wait, EngineStoppedError after `run()`.
         """
         with self.changed:
             if not self.running:
                 raise EngineStoppedError
-            if len(self.rows) + len(rows) > self.max_batch + self.max_queue:
+            if len(self.requests) + len(requests) > self.max_batch + self.max_queue:
                 raise QueueFullError
-            self.rows.update(rows)
-            self.queue.extend(rows)
+            self.requests.update(requests)
+            self.queue.extend(requests)
             self.changed.notify()
 
-    def cancel(self, rows: Sequence[Request]) -> None:
-        """Forget these rows; their places are free before the next token."""
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Forget these requests; their rows are free before the next token."""
         with self.changed:
-            for row in rows:
-                row.cancelled = True
-            self.rows.difference_update(rows)
+            self.requests.difference_update(requests)
             self.changed.notify()
 
     def stop(self) -> None:
-        """End `run()` after the step under way."""
+        """End `run()` after the current step."""
         with self.changed:
             self.stopping = True
             self.changed.notify()
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Write until `stop()`."""
+        """Process requests until `stop()`."""
         try:
             while not self.stopping:
                 self.work()
@@ -164,282 +142,223 @@ class Engine:
             with self.changed:
                 self.running = False
             self.fail('the server is stopping')
-            self.tell()
+            self.flush()
 
-    def fail(self, why: str) -> None:
-        """End all rows with an error."""
+    def fail(self, error: str) -> None:
+        """End all requests with an error."""
         with self.changed:
-            rows = list(self.rows)
-            for here in (self.rows, self.active, self.queue):
-                here.clear()
-        self.events += [(row, Delta(finish='error', error=why)) for row in rows]
+            requests = list(self.requests)
+            for collection in (self.requests, self.active, self.queue):
+                collection.clear()
+        self.events += [(request, Delta(finish='error', error=error)) for request in requests]
 
-    def tell(self) -> None:
-        """Deliver what has come together."""
+    def flush(self) -> None:
+        """Deliver the events of this step."""
         events, self.events = self.events, []
-        if events:
-            self.deliver(events)
+        self.deliver(events)
 
     def work(self) -> None:
-        """Wait for rows, then read prompts, draw a token for every row, and tell."""
+        """Wait for requests, then read prompts, generate a token for each, and deliver."""
         with self.changed:
-            while not (self.queue or self.active or self.stopping):
-                self.changed.wait()
+            self.changed.wait_for(lambda: self.queue or self.active or self.stopping)
             if self.stopping:
                 return
-            self.queue = deque(row for row in self.queue if not row.cancelled)
-        for row in [row for row in self.active if row.cancelled]:
-            self.leave(row)
+            self.queue = deque(request for request in self.queue if request in self.requests)
         try:
             self.admit()
+            for request in self.active.copy():
+                if request not in self.requests:  # cancelled
+                    self.leave(request)
+                elif request.position >= self.model.config.block_size:  # read its later half again
+                    self.leave(request)
+                    self.queue.appendleft(request)
             if self.active:
                 self.step()
-        except Exception as error:  # out of memory, say: those who wait for an answer get one, and the next ones a fresh start
-            with contextlib.suppress(OSError, ValueError):  # a log that is closed
+        except Exception as error:  # such as out of memory: answer all, and begin anew
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed
                 traceback.print_exc()
             self.read_ids = []
             self.fail(f'the model failed: {type(error).__name__}')
-        self.tell()
+        self.flush()
 
     # -------------------------------------------------------------------------
-    # Joining and leaving
+    # Joining and leaving the batch
 
     def admit(self) -> None:
-        """Read prompts from the head of the queue, CHUNK tokens at most, and give those that are read a place."""
+        """Read prompts from the head of the queue, at most CHUNK tokens, and activate them."""
         budget = CHUNK
         while self.queue and budget > 0 and len(self.active) < self.max_batch:
-            row = self.queue[0]
-            ids, size = row.prompt + row.generated, self.model.config.block_size
-            ids = (
-                ids[-size:] if len(ids) <= size else ids[-max(1, size // 2) :]
-            )  # a full context keeps its later half, as in generate
-            wants = row.logprobs is not None and row.score > 0 and not row.generated
-            done = len(self.read_ids)
-            if (
-                self.read_ids != ids[:done]
-                or 0 < done < len(ids)
-                and done % CHUNK
-                or wants
-                and self.reading is not row
-            ):
-                self.read_ids, done = [], 0
-                row.waiting = (
-                    [] if wants else row.waiting
-                )  # somebody came between: it is read, and told, from the start again
-            self.reading = row
-            if done < len(ids):  # else somebody with the same prompt came before
-                piece, self.reader.length = ids[done : done + CHUNK], done
-                x = self.model.hidden(torch.tensor([piece], device=self.device), self.reader)
+            request = self.queue[0]
+            ids = fit_context(request.prompt + request.generated, self.model.config.block_size)
+            scored = request.logprobs is not None and request.score > 0 and not request.generated
+            n_read = len(self.read_ids)
+            # continue what the reader holds if its chunks are those of this prompt
+            at_chunk = n_read % CHUNK == 0 or n_read == len(ids)
+            usable = at_chunk and self.read_ids == ids[:n_read]
+            if not usable or scored and self.reading is not request:
+                self.read_ids, n_read = [], 0
+                if scored:
+                    request.reports = []
+            self.reading = request
+            chunk = ids[n_read : n_read + CHUNK]
+            if chunk:
+                self.reader.length = n_read
+                x = self.model.hidden(torch.tensor([chunk], device=self.device), self.reader)
                 self.logits = self.limit(self.model.lm_head(x[:, -1]))
-                if wants:
-                    self.report_prompt(row, ids, done, x)
-                self.read_ids = self.read_ids + piece
-                budget -= len(piece)
-                if len(self.read_ids) < len(ids):
-                    continue
-            self.reading = None
-            self.enter(row, len(ids))
-            self.queue.popleft()
+                if scored:
+                    self.report_prompt(request, ids, n_read, x)
+                self.read_ids = self.read_ids + chunk
+                budget -= len(chunk)
+            if len(self.read_ids) == len(ids):
+                self.reading = None
+                self.enter(request, len(ids))
+                self.queue.popleft()
 
-    def enter(self, row: Request, length: int) -> None:
-        """Give the row the next place in the batch, with what was read, and its first token."""
-        if row.dice is None:
-            row.dice, row.decode = (
-                torch.Generator().manual_seed(row.seed % 2**64),
-                self.tokenizer.stream_decoder(),
+    def enter(self, request: Request, length: int) -> None:
+        """Copy what the reader holds to the batch's next row, and choose the first token."""
+        if request.sampler is None:
+            request.decode = self.tokenizer.stream_decoder()
+            request.sampler = Sampler(
+                [request.prompt],
+                self.model.config,
+                self.device,
+                request.seed,
+                request.repetition_penalty,
+                [request.avoid] if request.avoid else None,
             )
-            row.chances = (
-                c for _ in itertools.count() for c in torch.rand(64, generator=row.dice).tolist()
-            )  # as generate draws them
-            if row.repetition_penalty != 1:
-                row.seen = torch.zeros(
-                    self.tokenizer.vocab_size, dtype=torch.bool, device=self.device
-                )
-                row.seen[[i for i in row.prompt if i < self.tokenizer.vocab_size]] = True
-            if row.echo or row.waiting:
-                self.events.append((row, Delta(row.echo, row.waiting)))
-                row.given, row.waiting = len(row.echo), []
+            if request.echo or request.reports:
+                self.events.append((request, Delta(request.echo, request.reports)))
+                request.n_emitted, request.reports = len(request.echo), []
         n = len(self.active)
         if max(2, n + 1) > self.cache.data.size(2):
-            old, self.cache = (
-                self.cache,
-                KVCache(
-                    self.model.config,
-                    min(2 * n, max(2, self.max_batch)),
-                    self.room,
-                    self.device,
-                    self.dtype,
-                ),
-            )
-            self.cache.data[:, :, :n] = old.data
+            cache = self.model.new_cache(min(2 * n, max(2, self.max_batch)), self.capacity)
+            cache.data[:, :, :n] = self.cache.data
+            self.cache = cache
         self.cache.data[:, :, n, :, :length] = self.reader.data[:, :, 0, :, :length]
-        row.place = length
-        self.active.append(row)
-        if row.max_tokens == 0:
-            self.give(row, '', finish='length')
-            return self.leave(row)
-        assert self.logits is not None
-        self.choose([row], self.logits)
+        request.position = length
+        self.active.append(request)
+        if request.max_tokens == 0:
+            self.emit(request, '', finish='length')
+        else:
+            self.choose([request], self.logits)
 
-    def leave(self, row: Request) -> None:
-        """Free the row's place; the last row moves into it."""
-        at, last = self.active.index(row), self.active.pop()
-        if last is not row:
-            self.cache.data[:, :, at, :, : last.place] = self.cache.data[
-                :, :, len(self.active), :, : last.place
-            ]
-            self.active[at] = last
+    def leave(self, request: Request) -> None:
+        """Free the request's row; the last row moves there."""
+        row, last = self.active.index(request), self.active.pop()
+        if last is not request:
+            moved = self.cache.data[:, :, len(self.active), :, : last.position]
+            self.cache.data[:, :, row, :, : last.position] = moved
+            self.active[row] = last
 
     # -------------------------------------------------------------------------
-    # A token for each row
+    # A token for each request
 
     def step(self) -> None:
-        """Read the last token of every row, and draw its next."""
-        for row in [
-            row for row in self.active if row.place >= self.model.config.block_size
-        ]:  # full: read its later half again
-            self.leave(row)
-            self.queue.appendleft(row)
+        """Read the last token of each active request, and choose the next one."""
         n = len(self.active)
-        if not n:
-            return
-        # on a GPU all places are computed, always: they cost no more there, and its products depend on the number of rows
+        # on a GPU all rows are computed: it takes no longer, and rounding depends on their number
         size = self.cache.data.size(2) if self.device.type == 'cuda' else max(2, n)
-        spare = size - n
-        now = copy.copy(self.cache)
-        now.data = self.cache.data[
-            :, :, :size, :, : -(-(max(row.place for row in self.active) + 1) // KEYS) * KEYS
-        ]
-        now.place = torch.tensor(
-            [[row.place] for row in self.active] + [[0]] * spare, device=self.device
-        )
-        last = torch.tensor(
-            [[row.generated[-1]] for row in self.active] + [[0]] * spare, device=self.device
-        )
-        logits = self.limit(self.model.next_logits(last, now)[:n])
-        for row in self.active:
-            row.place += 1
-        self.choose(list(self.active), logits)
+        n_keys = KEYS * ceil_div(max(request.position for request in self.active) + 1, KEYS)
+        cache, idle = copy.copy(self.cache), [[0]] * (size - n)
+        cache.data = self.cache.data[:, :, :size, :, :n_keys]
+        positions = [[request.position] for request in self.active] + idle
+        cache.position = torch.tensor(positions, device=self.device)
+        last = [[request.generated[-1]] for request in self.active] + idle
+        logits = self.model.next_logits(torch.tensor(last, device=self.device), cache)
+        for request in self.active:
+            request.position += 1
+        self.choose(self.active.copy(), self.limit(logits[:n]))
 
     def limit(self, logits: torch.Tensor) -> torch.Tensor:
-        """In fp32, without the padding behind the tokenizer's vocabulary. (rows, V) → (rows, vocab_size)."""
+        """Logits (B, V) in fp32, without the padding of the vocabulary: (B, vocab_size)."""
         return logits.float()[:, : self.tokenizer.vocab_size]
 
-    def choose(self, rows: list[Request], logits: torch.Tensor) -> None:
-        """Draw the next token of each row from logits (rows, V), and give out the text that it completes."""
-        own = [logits[i : i + 1] for i in range(len(rows))]
-        for i, row in enumerate(rows):
-            if row.seen is not None:
-                own[i] = torch.where(
-                    row.seen,
-                    torch.where(
-                        own[i] > 0, own[i] / row.repetition_penalty, own[i] * row.repetition_penalty
-                    ),
-                    own[i],
-                )
-            if row.avoid and (banned := row.avoid.banned()):
-                own[i] = own[i].clone()
-                own[i][0, banned] = -torch.inf
-        tokens = [0] * len(rows)
-        groups: dict[tuple, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault((row.temperature, row.top_k, row.top_p), []).append(i)
-        for options, members in groups.items():
-            chance = torch.tensor([next(rows[i].chances) for i in members], device=self.device)
-            for i, token in zip(
-                members,
-                sample_token(torch.cat([own[i] for i in members]), chance, *options).tolist(),
-            ):
-                tokens[i] = token
-        for i, (row, token) in enumerate(zip(rows, tokens)):
-            row.generated.append(token)
-            if row.seen is not None:
-                row.seen[token] = True
-            if row.avoid:
-                row.avoid.push(token)
-            assert row.decode is not None
-            if token == self.tokenizer.eot:
-                self.give(row, row.decode(None), finish='stop')
-                self.leave(row)
-                continue
-            ends = len(row.generated) >= row.max_tokens
-            text = row.decode(token) + (row.decode(None) if ends else '')
-            if row.logprobs is not None:
-                row.waiting.append(
-                    self.report(
-                        row, token, row.given + len(row.held), logits[i].log_softmax(dim=-1)
-                    )
-                )
-            self.give(row, text, finish='length' if ends else '')
-            if self.events[-1][0] is row and self.events[-1][1].finish:
-                self.leave(row)
+    def choose(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """Choose the next token of each request from logits (B, V), and emit its text."""
+        groups = defaultdict(list)  # rows that share their options are sampled together
+        for i, request in enumerate(requests):
+            groups[request.temperature, request.top_k, request.top_p].append(i)
+        for options, rows in groups.items():
+            samplers = [requests[i].sampler for i in rows]
+            adjusted = [s.adjust(logits[i : i + 1]) for s, i in zip(samplers, rows)]
+            uniform = torch.cat([next(sampler.uniforms) for sampler in samplers])
+            tokens = sample_token(torch.cat(adjusted), uniform, *options)
+            for i, token, token_id in zip(rows, tokens.split(1), tokens.tolist()):
+                requests[i].sampler.push(token)
+                self.append(requests[i], token_id, logits[i])
 
-    def give(self, row: Request, text: str, finish: str = '') -> None:
-        """Put what is certain now among the step's events: all but a beginning of a stop text, nothing from a whole one on."""
-        row.held += text
-        found = [at for s in row.stop if (at := row.held.find(s)) >= 0]
+    def append(self, request: Request, token: int, logits: torch.Tensor) -> None:
+        """Add a token, chosen from logits (V,), to the request's text."""
+        request.generated.append(token)
+        if token == self.tokenizer.eot:
+            return self.emit(request, request.decode(None), finish='stop')
+        text, finish = request.decode(token), ''
+        if len(request.generated) >= request.max_tokens:
+            text, finish = text + request.decode(None), 'length'
+        if request.logprobs is not None:
+            offset = request.n_emitted + len(request.held)
+            request.reports.append(self.report(request, token, offset, logits.log_softmax(dim=-1)))
+        self.emit(request, text, finish)
+
+    def emit(self, request: Request, text: str, finish: str) -> None:
+        """Add what is final to the step's events: no stop text, nor what may be the start of one."""
+        request.held += text
+        found = [request.held.find(stop) for stop in request.stop if stop in request.held]
         if found:
-            row.held, finish = row.held[: min(found)], 'stop'
-        keep = 0
-        if not finish:
-            keep = max(
-                (
-                    k
-                    for s in row.stop
-                    for k in range(1, min(len(s), len(row.held) + 1))
-                    if row.held.endswith(s[:k])
-                ),
-                default=0,
-            )
+            request.held, finish = request.held[: min(found)], 'stop'
+        n_held = 0
         if finish:
-            self.rows.discard(row)
-        piece = Delta(row.held[: len(row.held) - keep], finish=finish)
-        row.held = row.held[len(row.held) - keep :]
-        row.given += len(piece.text)
-        while row.waiting and (finish or row.waiting[0]['offset'] < row.given or not keep):
-            report = row.waiting.pop(0)
-            if not (found and report['offset'] >= row.given):
-                piece.tokens.append(report)
-        self.events.append((row, piece))
+            self.requests.discard(request)
+            self.leave(request)
+        else:
+            n_held = overlap(request.held, request.stop)
+        delta = Delta(request.held[: len(request.held) - n_held], finish=finish)
+        request.held = request.held[len(delta.text) :]
+        request.n_emitted += len(delta.text)
+        ready = [r for r in request.reports if not n_held or r['offset'] < request.n_emitted]
+        request.reports = request.reports[len(ready) :]
+        delta.tokens = [r for r in ready if not found or r['offset'] < request.n_emitted]
+        self.events.append((request, delta))
 
     # -------------------------------------------------------------------------
     # Probabilities
 
     def report(
-        self, row: Request, token: int, offset: int, logprob: torch.Tensor | None
+        self, request: Request, token: int, offset: int, logprobs: torch.Tensor | None
     ) -> dict[str, Any]:
-        """A token's own log probability, as the model has it before temperature and its like, and those of the likeliest."""
-        told: dict[str, Any] = {
-            'token': self.shown(token),
-            'offset': offset,
-            'logprob': None,
-            'top': None,
-        }
-        if logprob is not None:
-            told['logprob'] = float(logprob[token])
-            if row.logprobs:
-                values, ids = logprob.topk(min(row.logprobs, len(logprob)))
-                told['top'] = {self.shown(i): v for i, v in zip(ids.tolist(), values.tolist())} | {
-                    told['token']: told['logprob']
-                }
-        return told
+        """A token's log probability, before temperature and the like, and those of the likeliest."""
+        text = self.token_text(token)
+        report: dict[str, Any] = {'token': text, 'offset': offset, 'logprob': None, 'top': None}
+        if logprobs is not None:
+            report['logprob'] = float(logprobs[token])
+            if request.logprobs:
+                top = logprobs.topk(min(request.logprobs, len(logprobs)))
+                pairs = zip(top.indices.tolist(), top.values.tolist())
+                report['top'] = {self.token_text(i): value for i, value in pairs}
+                report['top'][text] = report['logprob']
+        return report
 
-    def shown(self, token: int) -> str:
-        """A token as text; one that is no whole character as OpenAI's API shows such: bytes:\\xe2\\x80."""
+    def token_text(self, token: int) -> str:
+        """A token as text; incomplete characters as in OpenAI's API: bytes:\\xe2\\x80."""
         raw = self.tokenizer.token_bytes(token)
         try:
             return raw.decode('utf-8')
         except UnicodeDecodeError:
             return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw)
 
-    def report_prompt(self, row: Request, ids: list[int], start: int, x: torch.Tensor) -> None:
-        """Report those of the row's last `score` prompt tokens that the piece x (1, T, C), from token `start` on, foretells."""
+    def report_prompt(self, request: Request, ids: list[int], start: int, x: torch.Tensor) -> None:
+        """Report the tokens, among the last `score`, that x (1, T, C), from `start` on, predicts."""
         logprobs = self.limit(self.model.lm_head(x[0])).log_softmax(dim=-1)
-        first, end = max(0, len(ids) - row.score), min(len(ids), start + x.size(1) + 1)
-        offset = len(row.echo) - len(self.tokenizer.decode(ids[max(first, start + (start > 0)) :]))
+        first = max(len(ids) - request.score, start + 1 if start else 0)
+        offset = len(request.echo) - len(self.tokenizer.decode(ids[first:]))
         decode = self.tokenizer.stream_decoder()
-        for i in range(max(first, start + (start > 0)), end):
-            row.waiting.append(
-                self.report(row, ids[i], max(0, offset), logprobs[i - start - 1] if i else None)
-            )  # nothing stands before the first
+        for i in range(first, min(len(ids), start + x.size(1) + 1)):
+            predicted = logprobs[i - start - 1] if i else None  # nothing predicts the first token
+            request.reports.append(self.report(request, ids[i], max(0, offset), predicted))
             offset += len(decode(ids[i]))
+
+
+def overlap(text: str, stops: Sequence[str]) -> int:
+    """The length of the longest end of `text` with which one of `stops` begins."""
+    lengths = [k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k])]
+    return max(lengths, default=0)

@@ -19,9 +19,10 @@ from lyregpt import checkpoint
 from lyregpt.device import can_compile, pick_device, pick_dtype
 from lyregpt.originality import CopyFilter, Index
 from lyregpt.pretrained import from_pretrained, is_pretrained
+from lyregpt.quantize import Int8Linear, packed, quantize_model
 from lyregpt.text import song_header
 from lyregpt.tokenizer import Tokenizer, of_pretrained
-from model import GPT, Int8Linear, packed
+from model import GPT
 
 LARGE = 20_000_000  # parameters from which dtype=auto considers bfloat16 on a CPU
 
@@ -71,7 +72,7 @@ def load_model(
         model.to(target, chosen).eval()
         if quantize and not compile and target.type in ('cpu', 'cuda'):
             warn_if_slow(model, unquantized, batch_sizes)
-        model.quantize(quantize)
+        quantize_model(model, quantize)
     except ValueError as error:
         raise UserError(str(error)) from None
     kind = dtype_name(chosen)

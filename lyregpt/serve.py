@@ -772,7 +772,7 @@ def make_app(config: ServeConfig, writer: Writer | None) -> FastAPI:
     async def health() -> dict[str, Any]:
         if writer and not writer.engine.running:
             raise ApiError(503, 'the model has stopped')
-        writing, here = (len(writer.engine.active), len(writer.engine.rows)) if writer else (0, 0)
+        writing, here = (len(writer.engine.active), len(writer.engine.requests)) if writer else (0, 0)
         return {'status': 'ok', 'writing': writing, 'waiting': max(0, here - writing)}
 
     @app.get('/runs')

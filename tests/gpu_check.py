@@ -45,6 +45,7 @@ from lyregpt import checkpoint  # noqa: E402
 from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
 from lyregpt.engine import Engine, Request  # noqa: E402
+from lyregpt.quantize import quantize_model  # noqa: E402
 from lyregpt.text import split_text  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer, Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -118,7 +119,9 @@ class Check:
         """The model that the row `CPU reference` trained, in float32, and its tokenizer."""
         path, state = checkpoint.load_from(os.path.join(self.folder, 'reference'))
         model = checkpoint.build_model(state, path, dropout=0.0).to(device).eval()
-        return model.quantize(quantize) if quantize else model, checkpoint.tokenizer_of(state)
+        if quantize:
+            quantize_model(model, quantize)
+        return model, checkpoint.tokenizer_of(state)
 
     def reference(self) -> list[float]:
         """The losses of the row `CPU reference`. Raises NotHere if it did not come to its end."""
@@ -282,9 +285,8 @@ def batch_invariance(check: Check) -> str:
     shape = GPTConfig(
         n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=tokenizer.vocab_size
     )  # a context of several key blocks
-    model = (
-        GPT(shape).to(check.device, dtype).eval().quantize()
-    )  # as lyregpt/serve.py has it: with packed weights on a CPU
+    # as lyregpt/serve.py has it: with packed weights on a CPU
+    model = quantize_model(GPT(shape).to(check.device, dtype).eval())
 
     def generated(number: int, rows: list[Request]) -> list[list[int]]:
         done: set[int] = set()

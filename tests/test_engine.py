@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lyregpt.engine import CHUNK, Engine, EngineStoppedError, QueueFullError, Request
+from lyregpt.quantize import quantize_model
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
@@ -21,7 +22,7 @@ def build(arch='modern', dtype=torch.float32, quantize=None, **more):
     model = GPT(GPTConfig(arch=arch, vocab_size=TOKENIZER.vocab_size, **shape))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    return model.to(dtype=dtype).eval().quantize(quantize)
+    return quantize_model(model.to(dtype=dtype).eval(), quantize)
 
 
 class Running:
@@ -237,7 +238,7 @@ def test_a_prompt_is_scored_once():
                 idx.shape[1] == CHUNK and not both
             ):  # the first piece of the long prompt has been asked for: the other is full now
                 both.append(1)
-                other.place = 2 * CHUNK
+                other.position = 2 * CHUNK
             return hidden(idx, cache)
 
         running.engine.model.hidden = slowly
@@ -246,7 +247,7 @@ def test_a_prompt_is_scored_once():
             Request([2] * (2 * CHUNK), max_tokens=0, logprobs=0, score=2 * CHUNK),
         )
         running.engine.submit([other])
-        while not other.place:
+        while not other.position:
             time.sleep(0.001)
         running.engine.submit([long])
         running.wait([long])
@@ -270,7 +271,8 @@ def test_a_failing_model_ends_what_it_wrote_and_goes_on(monkeypatch):
         running.engine.model.next_logits = step
         rows = [some_row(i) for i in range(6)]
         first = submitted(running, [rows[0]])
-        monkeypatch.setattr('lyregpt.engine.KVCache', None)  # there is no memory for more than four
+        # there is no memory for more than four
+        monkeypatch.setattr(running.engine.model, 'new_cache', None)
         running.wait(submitted(running, rows[1:]) + first)
         monkeypatch.undo()
         assert 'error' in {running.pieces[row][-1].finish for row in rows}

@@ -11,7 +11,7 @@ import torch
 
 import train as trainer
 from lyregpt import device
-from model import Int8Linear
+from lyregpt.quantize import Int8Linear
 from tests.conftest import ROOT, script
 from tests.gpu_check import (
     ROWS,

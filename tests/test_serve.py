@@ -17,6 +17,7 @@ import torch
 
 import bench
 from lyregpt import checkpoint, originality
+from lyregpt.quantize import quantize_model
 from tests.conftest import ROOT, script
 
 openai = pytest.importorskip('openai')
@@ -114,7 +115,7 @@ def test_what_it_writes_is_what_generate_writes(client, name, trained):
     """Sample i of a prompt is generate's with seed + i, whether it comes at once or as a stream."""
     path, state = checkpoint.load_from(str(trained))
     model, tokenizer = (
-        checkpoint.build_model(state, path, dropout=0.0).eval().quantize(),
+        quantize_model(checkpoint.build_model(state, path, dropout=0.0).eval()),
         checkpoint.tokenizer_of(state),
     )
     prompt = [tokenizer.eot] + tokenizer.encode('The rain')

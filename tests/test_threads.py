@@ -312,7 +312,7 @@ ASK = """
 from lyregpt import threads
 import torch
 from lyregpt.device import fast_bf16, fast_int8
-from model import Int8Linear
+from lyregpt.quantize import Int8Linear
 torch.manual_seed(1)
 worst = 0.0
 for columns, rows in (96, 65), (768, 96), (33, 50):

@@ -43,9 +43,9 @@ class EncoderDecoderConfig(GPTConfig):
     n_head: int = 8
     n_embd: int = 512
     dropout: float = 0.1
-    bias: bool | None = True
-    position: str | None = 'sinusoidal'
-    mlp: str | None = 'relu'
+    bias: bool = True
+    position: str = 'sinusoidal'
+    mlp: str = 'relu'
     norm_first: bool = False  # False: norm(x + layer(x)), the paper's; True: x + layer(norm(x)), the GPT's (Xiong et al. 2020)
 
     def __post_init__(self) -> None:
@@ -61,13 +61,13 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
-        self.dropout, self.head_dim = config.dropout, config.head_dim or 0
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=bool(config.bias))
+        self.dropout, self.head_dim = config.dropout, config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
         self.c_kv = Linear(
-            config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=bool(config.bias)
+            config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=config.bias
         )
-        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=bool(config.bias))
+        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim) if config.qk_norm else nn.Identity() for _ in 'qk'
         )
