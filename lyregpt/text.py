@@ -26,6 +26,11 @@ TEXT_FIELDS = ('text', 'lyrics', 'content')
 # retried for minutes itself.
 WAITS = (10, 60, 300)
 
+SHAKESPEARE_URL = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+)
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
 
 # -----------------------------------------------------------------------------
 # Files
@@ -299,3 +304,9 @@ def download(url: str, path: str, sha256: str, offline: bool = False) -> str:
         )
     atomic_write(path, answer.content)
     return path
+
+
+def tiny_shakespeare(folder: str, offline: bool = False) -> str:
+    """The path of Tiny Shakespeare in `folder`, where it is downloaded to. Raises UserError."""
+    path = os.path.join(folder, 'input.txt')
+    return download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, offline)

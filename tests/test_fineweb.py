@@ -267,7 +267,7 @@ def test_token_files_of_datatrove(tmp_path, prepare, monkeypatch):
         ),
         (['--input=TMP/mixed'], 'found .ds and .jsonl'),
         (['--input=TMP/a.txt'], 'found .txt'),
-        (['--input=TMP/bad.jsonl'], 'bad.jsonl, record 2: no field text'),
+        (['--input=TMP/bad.jsonl'], "bad.jsonl, record 2: no text in the field 'text'"),
         (['--input=TMP/mixed/x.ds'], 'x.ds.metadata'),
         (['--input=TMP/wide'], '4 bytes per token, as of gpt2; expected 2'),
         (['--input=TMP/endless'], 'behind each document'),

@@ -204,7 +204,7 @@ def test_the_hubs_refusals(tmp_path, prepare, hub, monkeypatch, error, message):
         (['--name='], 'roneneldan/TinyStories'),
         (['--name=no/such/folder'], 'no/such/folder: expected a folder'),
         (['--name=SONGS', '--num_samples=0'], 'num_samples=0: expected at least 1'),
-        (['--name=SONGS', '--validation_split=1.5'], 'validation_split=1.5'),
+        (['--name=SONGS', '--validation_split=1.5'], 'came out empty'),
         (['--name=SONGS', '--validation_split=train'], 'is what is trained on'),
         (['--name=SONGS', '--validation_split=test'], "no split 'test', but train, validation"),
         (['--name=SONGS', '--split=tset'], "no split 'tset', but train, validation"),

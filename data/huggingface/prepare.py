@@ -1,12 +1,16 @@
-"""Any text dataset of the Hugging Face hub, by its name → train.bin, val.bin and meta.json. Streamed, and kept: a second run needs no network.
+"""Any text dataset of the Hugging Face hub, by its name → train.bin, val.bin and meta.json.
 
 pip install datasets
-python data/huggingface/prepare.py --name=roneneldan/TinyStories --num_samples=50000 --validation_split=validation
-python data/huggingface/prepare.py --name=my_folder/                (your own .parquet, .jsonl, .csv; nothing is downloaded)
+python data/huggingface/prepare.py --name=roneneldan/TinyStories --num_samples=50000
+python data/huggingface/prepare.py --name=my_folder/        (your own .parquet, .jsonl, .csv, .txt)
+
+It is streamed and cached as text, so a second run needs no network.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -19,314 +23,288 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
-from configurator import UserError, configure, run  # noqa: E402
-from lyregpt.dataset import write_dataset  # noqa: E402
-from lyregpt.text import TEXT_FIELDS, WAITS, Piece, atomic_write, pick_split, read_stream, shown  # noqa: E402
-from lyregpt.tokenizer import choose_tokenizer  # noqa: E402
+from configurator import UserError, configure, run
+from lyregpt.dataset import write_dataset
+from lyregpt.text import (
+    TEXT_FIELDS,
+    WAITS,
+    Piece,
+    atomic_write,
+    datasets_library,
+    pick_split,
+    read_stream,
+    shown,
+)
+from lyregpt.tokenizer import choose_tokenizer
 
-LEARN_FROM = 100_000_000  # characters that a bpe or wordpiece tokenizer learns from: more hardly changes it, and would fill the memory
-KEPT = 'what has come is kept, and the same command goes on behind it'
+# Characters that a bpe or wordpiece tokenizer learns from; more would fill the memory and hardly
+# change it.
+LEARN_FROM = 100_000_000
+Sources = dict[str, Callable[[], Iterator[str]]]  # train, val: reads the documents
+KEPT = 'what has come is kept, and the same command continues after it'
 
 
 @dataclass
 class PrepareConfig:
-    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
-
     # What is read
-    name: str = ''  # on the hub, as in roneneldan/TinyStories; or a folder of .parquet, .jsonl, .csv or .txt
+    name: str = ''  # on the hub, as in roneneldan/TinyStories; or a folder of .parquet, .jsonl,
+    # .csv or .txt
     config: str = ''  # its subset, if it has several
-    split: str = 'train'  # of its splits, the one to train on
-    text_field: str = ''  # the column that holds the text; '': text, lyrics or content, or the only one that is text
+    split: str = 'train'  # the split to train on
+    text_field: str = ''  # the column with the text; '': text, lyrics or content, or the only one
+    # that is text
     num_samples: int | None = None  # the first so many documents of a split; None: all
-    validation_split: float | str = (
-        0.05  # the share of the documents kept for validation; or another of its splits, by name
-    )
-    revision: str = (
-        ''  # its commit on the hub; '': the newest when it is first read, and that one from then on
-    )
+    validation_split: float | str = 0.05  # the fraction of the documents kept for validation; or
+    # the name of another split
+    revision: str = ''  # its commit on the hub; '': the newest when it is first read
 
     # What is written
-    out_dir: str = (
-        ''  # where the token files go; '': data/huggingface-NAME, for --dataset=huggingface-NAME
-    )
-    cache_dir: str = shown(
-        os.path.join(HERE, 'cache')
-    )  # where the texts that have come from the hub are kept
-    tokenizer: str = 'bpe'  # bpe or wordpiece (trained on this text), char, gpt2, or a tokenizer.json or meta.json to use again
-    vocab_size: int = (
-        4096  # for bpe and wordpiece: 4,096 suits tens of MB of text, 16,384 gigabytes
-    )
+    out_dir: str = ''  # where the token files go; '': data/huggingface-NAME, for
+    # --dataset=huggingface-NAME
+    cache_dir: str = shown(os.path.join(HERE, 'cache'))  # where texts from the hub are kept
+    tokenizer: str = 'bpe'  # bpe or wordpiece (trained on this text), char or gpt2,
+    # or a tokenizer.json or meta.json
+    vocab_size: int = 4096  # for bpe and wordpiece: 4,096 suits tens of MB, 16,384 gigabytes
     lowercase: bool = False  # turn all text to lower case
     squeeze: bool = False  # squeeze runs of blanks and empty lines
-    seed: int = 1337  # of the share kept for validation
+    seed: int = 1337  # of the fraction kept for validation
     offline: bool = False  # download nothing
 
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(
-                f'num_samples={self.num_samples}: expected at least 1, or None for all'
-            )
-        if isinstance(self.validation_split, float) and not 0 < self.validation_split < 1:
-            raise ValueError(
-                f'validation_split={self.validation_split:g}: expected a share between 0 and 1, or the name of a split'
-            )
+            raise ValueError(f'num_samples={self.num_samples}: expected at least 1, or None')
         if self.validation_split == self.split:
             raise ValueError(
-                f'validation_split={self.split} is what is trained on: expected another split, or a share as in 0.05'
+                f'validation_split={self.split} is what is trained on: expected another split, '
+                'or a fraction as in 0.05'
             )
 
 
 def main() -> None:
-    """Write the token files."""
     config = configure(PrepareConfig, description=(__doc__ or '').split('\n')[0])
-    name = config.name
-    local = os.path.isdir(name)
-    if not local and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+    name = config.name.replace('/', '-')
+    if os.path.isdir(config.name):
+        name = os.path.basename(os.path.abspath(config.name))
+    elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', config.name):
         raise UserError(
-            f'name={name}: expected a folder that is here, or a name on the hub, as in --name=roneneldan/TinyStories'
+            f'name={config.name}: expected a folder that is here, or a name on the hub, '
+            'as in --name=roneneldan/TinyStories'
         )
-    folder = '-'.join(
-        filter(
-            None,
-            [
-                'huggingface',
-                os.path.basename(os.path.abspath(name)) if local else name.replace('/', '-'),
-                config.config,
-            ],
-        )
-    )
+    folder = '-'.join(filter(None, ['huggingface', name, config.config]))
     out_dir = config.out_dir or shown(os.path.join(HERE, '..', folder))
-
-    def texts(split: str) -> Callable[[], Iterator[str]]:
-        return (
-            (lambda: (text for text, _ in stream(config, split))) if local else kept(config, split)
-        )
-
-    share, other = (
-        (config.validation_split, '')
-        if isinstance(config.validation_split, float)
-        else (0.0, config.validation_split)
-    )
-    sources = {
-        split: texts(name_) for split, name_ in (('train', config.split), ('val', other)) if name_
-    }
-
-    def pieces() -> Iterator[Piece]:
-        for split, documents in sources.items():
-            for text in documents():
-                yield pick_split(text, share, config.seed) if share else split, text, True
-
-    def to_learn_from() -> Iterator[str]:
-        seen = 0
-        for _, text, _ in pieces():
-            yield text
-            seen += len(text)
-            if seen > LEARN_FROM and config.tokenizer != 'char':  # which must know every character
-                return
-
+    sources = {'train': texts_of(config, config.split)}
+    if isinstance(config.validation_split, str):
+        sources['val'] = texts_of(config, config.validation_split)
     tokenizer = choose_tokenizer(
         config.tokenizer,
-        to_learn_from(),
+        texts_to_learn_from(config, sources),
         config.vocab_size,
         lowercase=config.lowercase,
         squeeze=config.squeeze,
     )
-    write_dataset(
-        out_dir,
-        pieces(),
-        tokenizer,
-        source=' '.join(filter(None, [name, config.config, config.split])),
-    )
-    used = (
-        os.path.basename(out_dir)
-        if os.path.abspath(os.path.dirname(out_dir)) == os.path.dirname(HERE)
-        else out_dir
-    )
+    described = ' '.join(filter(None, [config.name, config.config, config.split]))
+    write_dataset(out_dir, pieces(config, sources), tokenizer, source=described)
+    dataset = out_dir
+    if os.path.abspath(os.path.dirname(out_dir)) == os.path.dirname(HERE):
+        dataset = os.path.basename(out_dir)
     print(
-        f'train on it: python train.py config/small.py --dataset={used} --out_dir=out-{os.path.basename(out_dir)}'
+        f'train on it: python train.py config/small.py --dataset={dataset} '
+        f'--out_dir=out-{os.path.basename(out_dir)}'
     )
 
 
-def stream(
+def pieces(config: PrepareConfig, sources: Sources) -> Iterator[Piece]:
+    """The documents, each in its split."""
+    for split, texts in sources.items():
+        for text in texts():
+            if isinstance(config.validation_split, float):
+                split = pick_split(text, config.validation_split, config.seed)
+            yield split, text, True
+
+
+def texts_to_learn_from(config: PrepareConfig, sources: Sources) -> Iterator[str]:
+    """The documents for the tokenizer: the first of them, but all for characters."""
+    seen = 0
+    for _, text, _ in pieces(config, sources):
+        yield text
+        seen += len(text)
+        if seen > LEARN_FROM and config.tokenizer != 'char':
+            return
+
+
+def texts_of(config: PrepareConfig, split: str) -> Callable[[], Iterator[str]]:
+    """A function that reads the documents of a split of a folder, or of a dataset on the hub."""
+    if os.path.isdir(config.name):
+        return lambda: (text for text, _ in documents(config, split))
+    return Cache(config, split).texts
+
+
+class Cache:
+    """The first documents of one split of a dataset on the hub, cached.
+
+    NAME.jsonl has one {"text": …} per line. NAME.json has `notes`: how many documents and bytes
+    are complete, the stream's position after them, and the commit. What a kill left after that is
+    cut off.
+    """
+
+    def __init__(self, config: PrepareConfig, split: str):
+        self.config, self.split = config, split
+        words = [config.name.replace('/', '--'), config.config, split]
+        if config.revision or config.text_field:
+            words += [config.revision, config.text_field]
+        self.path = os.path.join(config.cache_dir, re.sub(r'[^\w.-]', '_', '+'.join(words)))
+        self.notes: dict[str, Any] = {
+            'documents': 0,
+            'bytes': 0,
+            'place': None,
+            'ended': False,
+            'revision': config.revision,
+        }
+        # without a cache, or with one of no use, it starts from the beginning
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with open(self.path + '.json', encoding='utf-8') as f:
+                stored = json.load(f)
+            if os.path.getsize(self.path + '.jsonl') >= stored['bytes']:
+                self.notes |= stored
+        have = self.notes['documents']
+        if self.notes['ended'] or have >= (config.num_samples or math.inf):
+            return
+        if config.offline:
+            known = f'{have:,} documents of it are' if have else 'nothing of it is'
+            raise UserError(
+                f'{config.name}, split {split}: {known} in {config.cache_dir}, and nothing is '
+                'downloaded now; run it without --offline'
+            )
+        try:
+            self.fetch()
+        except OSError as error:
+            raise UserError(f'{error.filename or self.path}: {error.strerror}; {KEPT}') from None
+
+    def fetch(self) -> None:
+        """Add documents until there are enough, and note every few seconds what is complete."""
+        notes, config = self.notes, self.config
+        os.makedirs(config.cache_dir, exist_ok=True)
+        bar = tqdm(
+            initial=notes['documents'],
+            total=config.num_samples,
+            desc=f'{config.name} {self.split}',
+            disable=None,
+        )
+        with open(self.path + '.jsonl', 'ab') as f, bar:
+            f.truncate(notes['bytes'])
+            noted = time.monotonic()
+            try:
+                with contextlib.closing(documents(config, self.split, notes)) as stream:
+                    for text, position in stream:
+                        f.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
+                        notes |= {'documents': notes['documents'] + 1, 'place': position}
+                        bar.update()
+                        if time.monotonic() - noted > 5:
+                            self.save_notes(f)
+                            noted = time.monotonic()
+                notes['ended'] = notes['documents'] != config.num_samples
+            finally:  # also when it breaks, or is stopped
+                if notes['documents']:
+                    self.save_notes(f)
+
+    def save_notes(self, f: Any) -> None:
+        """Sync the open file of documents, then note what it has."""
+        f.flush()
+        os.fsync(f.fileno())
+        self.notes['bytes'] = os.fstat(f.fileno()).st_size
+        atomic_write(self.path + '.json', json.dumps(self.notes).encode())
+
+    def texts(self) -> Iterator[str]:
+        """The text of each document."""
+        have = self.notes['documents']
+        with open(self.path + '.jsonl', encoding='utf-8') as f:
+            for line in itertools.islice(f, min(have, self.config.num_samples or have)):
+                yield json.loads(line)['text']
+
+
+def documents(
     config: PrepareConfig, split: str, notes: dict[str, Any] | None = None
 ) -> Generator[tuple[str, Any], None, None]:
-    """(text, place behind it) of each document of the split that is not empty, `num_samples` at most, from notes['place'] on.
+    """(text, position after it) of each document of the split that is not empty.
 
-    The commit is written into notes['revision'] before it is read: a place in one commit is none in another. Raises UserError.
+    Starts at notes['place'] and stops at `num_samples` documents. `notes` is None for a folder.
+    Raises UserError.
     """
-    try:
-        import datasets
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import RepositoryNotFoundError
-        from huggingface_hub.utils import logging
-    except ImportError:
-        raise UserError('datasets are read by the datasets library: pip install datasets') from None
-    datasets.logging.set_verbosity_error()  # what is wrong is said once, below
-    logging.set_verbosity_error()
-    name, column = config.name, ''
-
-    def open_stream() -> Any:
-        nonlocal column
-        revision = None
-        try:
-            if notes is not None:
-                revision = notes['revision'] = notes['revision'] or HfApi().dataset_info(name).sha
-            # a dataset is data: one that brings a script is refused, by old versions of the library too
-            splits = datasets.load_dataset(
-                name,
-                config.config or None,
-                revision=revision,
-                streaming=True,
-                trust_remote_code=False,
-            )
-        except RepositoryNotFoundError:
-            raise UserError(
-                f'{name}: no such dataset on the hub, and no such folder here; a private one needs `hf auth login`'
-            ) from None
-        except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())
-            if 'gated' in reason:
-                reason += f'; accept its terms at https://huggingface.co/datasets/{name}, then `hf auth login`'
-            raise UserError(
-                f'{name}: {reason[:400]}'
-                + ('; name one with --config' if 'onfig' in reason else '')
-            ) from None
-        if split not in splits:
-            raise UserError(
-                f'{name}: has no split {split!r}, but {", ".join(splits)}; see --split and --validation_split'
-            )
-        column = text_column(splits[split], config)
-        return splits[split].select_columns(column)
-
-    count = (notes or {}).get('documents', 0)
-    for row, place in read_stream(
-        open_stream,
-        name,
-        (notes or {}).get('place'),
+    datasets_library()
+    start = notes or {'documents': 0, 'place': None}
+    count = start['documents']
+    for row, position in read_stream(
+        lambda: open_split(config, split, notes),
+        config.name,
+        start['place'],
         WAITS if notes else (),
-        kept=KEPT if notes else '',
+        kept=KEPT,
     ):
-        text = row[column]
+        (text,) = row.values()
         if text and text.strip():
-            yield text, place
+            yield text, position
             count += 1
             if count == config.num_samples:
                 return
 
 
-def text_column(rows: Any, config: PrepareConfig) -> str:
-    """The column of the streamed `rows` that holds their text. Raises UserError that lists the columns if there is none or any doubt."""
-    first: dict[str, Any] = {} if rows.features else next(iter(rows), {})
-    kinds = {k: getattr(f, 'dtype', 'nested') for k, f in (rows.features or {}).items()} or {
-        k: type(v).__name__ for k, v in first.items()
-    }
-    texts = [
-        k for k, kind in kinds.items() if kind in ('str', 'string', 'large_string', 'string_view')
-    ]
-    if config.text_field in texts:
-        return config.text_field
-    likely = texts if len(texts) == 1 else [k for k in TEXT_FIELDS if k in texts]
-    if config.text_field or not likely:
-        what = (
-            f'text_field={config.text_field}: no column of text'
-            if config.text_field
-            else 'which column is the text? Name it with --text_field'
-        )
-        raise UserError(
-            f'{config.name}: {what}; it has {", ".join(f"{k} ({kind})" for k, kind in kinds.items()) or "no rows"}'
-        )
-    return likely[0]
+def open_split(config: PrepareConfig, split: str, notes: dict[str, Any] | None) -> Any:
+    """The column of text of a split, as a stream of the `datasets` library.
 
-
-def kept(config: PrepareConfig, split: str) -> Callable[[], Iterator[str]]:
-    """Have the split's first documents in the cache, going on where an earlier run stopped; returns what reads them.
-
-    NAME.jsonl holds one {"text": …} a line, NAME.json how much of it is whole, and the stream's place behind that. What a kill left
-    behind the last note is cut off.
+    The commit is noted in notes['revision']: a position in one is not valid in another.
     """
-    of_text = [config.revision, config.text_field] if config.revision or config.text_field else []
-    words = [config.name.replace('/', '--'), config.config, split, *of_text]
-    path = os.path.join(config.cache_dir, re.sub(r'[^\w.-]', '_', '+'.join(words)))
-    notes: dict[str, Any] = {
-        'documents': 0,
-        'bytes': 0,
-        'place': None,
-        'ended': False,
-        'revision': config.revision,
-    }
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import logging
+
+    datasets.logging.set_verbosity_error()  # the error message below is enough
+    logging.set_verbosity_error()
+    name, revision = config.name, None
     try:
-        with open(path + '.json', encoding='utf-8') as f:
-            stored = json.load(f)
-        if os.path.getsize(path + '.jsonl') >= stored['bytes']:
-            notes |= stored
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # nothing there, or nothing of use: from the beginning
-        pass
-    complete = notes['ended'] or config.num_samples and notes['documents'] >= config.num_samples
-    if not complete and config.offline:
-        have = (
-            f'{notes["documents"]:,} documents of it are'
-            if notes['documents']
-            else 'nothing of it is'
+        if notes:
+            revision = notes['revision'] = notes['revision'] or HfApi().dataset_info(name).sha
+        # a dataset is data: old versions of the library, too, refuse one that brings a script
+        splits = datasets.load_dataset(
+            name, config.config or None, revision=revision, streaming=True, trust_remote_code=False
         )
+    except RepositoryNotFoundError:
         raise UserError(
-            f'{config.name}, split {split}: {have} in {config.cache_dir}, and nothing is downloaded now; run it without --offline'
+            f'{name}: no such dataset on the hub, and no such folder here; a private one needs '
+            '`hf auth login`'
+        ) from None
+    except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())[:400]
+        if 'gated' in reason:
+            reason += f'; accept its terms at https://huggingface.co/datasets/{name}'
+            reason += ', then `hf auth login`'
+        if 'onfig' in reason:
+            reason += '; name one with --config'
+        raise UserError(f'{name}: {reason}') from None
+    if split not in splits:
+        raise UserError(
+            f'{name}: has no split {split!r}, but {", ".join(splits)}; '
+            'see --split and --validation_split'
         )
-    if not complete:
-        try:
-            fetch(config, split, path, notes)
-        except OSError as error:
-            raise UserError(f'{error.filename or path}: {error.strerror}; {KEPT}') from None
-
-    def read() -> Iterator[str]:
-        with open(path + '.jsonl', encoding='utf-8') as f:
-            for line in itertools.islice(
-                f, min(notes['documents'], config.num_samples or notes['documents'])
-            ):
-                yield json.loads(line)['text']
-
-    return read
+    return splits[split].select_columns(text_column(splits[split], config))
 
 
-def fetch(config: PrepareConfig, split: str, path: str, notes: dict[str, Any]) -> None:
-    """Add documents behind those in the cache until there are enough, noting every few seconds how far it is."""
-    os.makedirs(config.cache_dir, exist_ok=True)
-    with (
-        open(path + '.jsonl', 'ab') as f,
-        tqdm(
-            initial=notes['documents'],
-            total=config.num_samples,
-            desc=f'{config.name} {split}',
-            disable=None,
-        ) as bar,
-    ):
-        f.truncate(notes['bytes'])
-
-        def note() -> None:
-            f.flush()
-            os.fsync(f.fileno())
-            notes['bytes'] = os.fstat(f.fileno()).st_size
-            atomic_write(path + '.json', json.dumps(notes).encode())
-
-        noted = time.monotonic()
-        documents = stream(config, split, notes)
-        try:
-            for text, place in documents:
-                f.write(json.dumps({'text': text}, ensure_ascii=False).encode() + b'\n')
-                notes |= {'documents': notes['documents'] + 1, 'place': place}
-                bar.update()
-                if time.monotonic() - noted > 5:
-                    note()
-                    noted = time.monotonic()
-            notes['ended'] = notes['documents'] != config.num_samples
-        finally:  # also when it breaks, or is stopped
-            documents.close()
-            if notes['documents']:
-                note()
+def text_column(rows: Any, config: PrepareConfig) -> str:
+    """The column with the text. Raises UserError that lists the columns if there is any doubt."""
+    if rows.features:
+        kinds = {k: getattr(feature, 'dtype', 'nested') for k, feature in rows.features.items()}
+    else:
+        kinds = {k: type(value).__name__ for k, value in next(iter(rows), {}).items()}
+    texts = [k for k, kind in kinds.items() if kind.endswith(('str', 'string', 'string_view'))]
+    likely = texts if len(texts) == 1 else [k for k in TEXT_FIELDS if k in texts]
+    problem = 'which column is the text? Name it with --text_field'
+    if config.text_field:
+        likely = [k for k in texts if k == config.text_field]
+        problem = f'text_field={config.text_field}: no column of text'
+    if not likely:
+        columns = ', '.join(f'{k} ({kind})' for k, kind in kinds.items())
+        raise UserError(f'{config.name}: {problem}; it has {columns or "no rows"}')
+    return likely[0]
 
 
 if __name__ == '__main__':
