@@ -1,4 +1,4 @@
-# make demo: set up, train on the embedded lyrics, read what it writes.  make test: set up for development, run the tests.
+# make demo: set up, train on the embedded lyrics, generate.  make test: set up for development, test.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -18,22 +18,25 @@ test-long: install-dev
 gpu-check:  # installs nothing; make gpu-check ARGS=--device=cpu
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py $(ARGS)
 
-docs-check: install-dev  # runs every block of every page: minutes; make test runs the quick ones
+docs-check: install-dev  # runs every block of every page (minutes); make test runs the quick ones
 	$(BIN)/python docs/validation/check_docs.py
 
 notebooks: install-dev
 	$(BIN)/python notebooks/run.py
 
 lint: install-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 install: .venv/installed
 install-dev: .venv/installed-dev
 
-.venv/installed: requirements.txt
+# The editable install adds the command .venv/bin/lyregpt.
+.venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
@@ -41,4 +44,5 @@ install-dev: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ data/*/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache lyregpt.egg-info
+	rm -rf __pycache__ */__pycache__ data/*/__pycache__
