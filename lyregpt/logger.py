@@ -74,11 +74,16 @@ class Log:
             if config.wandb_log:
                 import wandb
 
+                # A resumed run continues the same run in wandb.
+                ids = [session['wandb_id'] for session in self.sessions if 'wandb_id' in session]
                 self.wandb = wandb.init(
                     project=config.wandb_project,
                     name=config.wandb_run_name or config.out_dir,
                     config=dataclasses.asdict(config),
+                    id=next(iter(ids), None),
+                    resume='allow',
                 )
+                self.note(wandb_id=self.wandb.id)
             if config.tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
 
