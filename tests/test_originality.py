@@ -19,7 +19,7 @@ from lyregpt.originality import CopyFilter, Index, bare, find_words, fold
 from lyregpt.text import song_header
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
-from sample import SampleConfig, load, write
+from sample import SampleConfig, load, print_samples
 from tests.conftest import DEMO, gpt2, script, tiny
 from train import train, write_sample
 
@@ -585,7 +585,7 @@ def test_scripts(tmp_path, chars, monkeypatch, capsys):
         'compare',
         lambda self, text, **more: judged.append((text[:3], more)) or compare(self, text, **more),
     )
-    write(loaded, config)
+    print_samples(loaded, config)
     assert (
         capsys.readouterr().out.count('\noriginality: ') == 2
         and judged == [('The', {'since': 3})] * 2

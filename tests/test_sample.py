@@ -7,7 +7,7 @@ import pytest
 import sample
 from configurator import UserError, configure
 from lyregpt.generate import load_model, prompt_text
-from sample import SampleConfig, load, write
+from sample import SampleConfig, load, print_samples
 from tests.conftest import ROOT, mistake, script
 
 
@@ -76,7 +76,7 @@ def test_mistakes_get_one_line(trained, more, message, capsys):
 
 
 def test_a_checkpoint_is_no_pretrained_model(trained):
-    with pytest.raises(UserError, match=f'this is a checkpoint of ours: --out_dir={trained}'):
+    with pytest.raises(UserError, match=f'a lyreGPT checkpoint; use --out_dir={trained}'):
         load_model(init_from=str(trained), device='cpu')
 
 
@@ -94,7 +94,7 @@ def test_zero_means_off_or_greedy(trained, more, capsys):
     config = configure(
         SampleConfig, [f'--out_dir={trained}', '--max_new_tokens=10', '--device=cpu', *more]
     )
-    write(load(config), config)
+    print_samples(load(config), config)
     assert len(capsys.readouterr().out) > 10
 
 
@@ -132,7 +132,7 @@ def test_int8(trained):
     'word, message',
     [
         ('--quantize=int4', 'int8'),
-        ('--compile=True', 'compile=True: pays on CUDA only'),
+        ('--compile=True', 'compile=True: pays off on CUDA only'),
         ('--quantize=yes', 'quantize'),
     ],
 )
