@@ -133,7 +133,7 @@ def pass_seconds(layers: Sequence[nn.Module], inputs: Sequence[torch.Tensor]) ->
     def run() -> torch.Tensor:
         return [layer(x) for layer, x in zip(layers, inputs)][-1]
 
-    return best_seconds(run, rounds=5, enough=0)
+    return best_seconds(run, enough=0)
 
 
 # -----------------------------------------------------------------------------
