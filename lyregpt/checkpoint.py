@@ -652,6 +652,42 @@ def shard_like(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
                 )
 
 
+def load_optimizers(
+    optimizers: dict[str, torch.optim.Optimizer], saved: dict[str, Any], path: str
+) -> None:
+    """Load the optimizer states of the checkpoint at `path`; options such as the rate do not change.
+
+    nanoGPT stores one AdamW without a name. States of positions that were cropped since then are
+    cropped, too. Raises UserError if the states are of other optimizers.
+    """
+    if 'param_groups' in saved:
+        saved = {'adamw': saved}
+    if saved.keys() != optimizers.keys():
+        before, now = ' and '.join(saved), ' and '.join(optimizers)
+        raise UserError(
+            f'{path}: was trained with {before}, but this run uses {now}: leave optimizer out'
+        )
+    for name, optimizer in optimizers.items():
+        options = []
+        for group in optimizer.param_groups:
+            options.append({k: v for k, v in group.items() if k != 'params'})
+        try:
+            if is_sharded(optimizer.param_groups[0]['params'][0]):
+                shard_like(optimizer, saved[name])
+            optimizer.load_state_dict(saved[name])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f'{path}: its optimizer state does not fit this model ({error})'
+            ) from None
+        for group, option in zip(optimizer.param_groups, options):
+            group.update(option)
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                matrix = torch.is_tensor(value) and value.dim() == p.dim() > 0
+                if matrix and value.size(0) > p.size(0):
+                    values[key] = value[: p.size(0)].clone()
+
+
 def build_model(state: dict[str, Any], path: str, **overrides: Any) -> GPT:
     """The model of a loaded checkpoint with its weights in. `overrides` (dropout) change the config.
 

@@ -3,6 +3,7 @@
 One process is a team too, whose agreements cost nothing, so that the training loop reads the same for one and for many.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from lyregpt.device import pick_device, put
@@ -218,3 +220,21 @@ def init_sharded_weights(model: GPT) -> None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         model.init_weight(name, whole)
         put(parameter, whole)
+
+
+def gradient_sync(forward: Any, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    """For a pass through `forward`: DDP exchanges gradients after a step's last micro-batch only."""
+    if is_last or not isinstance(forward, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()
+
+
+def job_name() -> str:
+    """A name of this torchrun job, the same after a restart; '' without torchrun."""
+    names = ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT')
+    return ' '.join(os.environ.get(name, '') for name in names).strip()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

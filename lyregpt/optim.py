@@ -3,6 +3,7 @@
 Both work on plain weights and on weights sharded by FSDP2. `configure_optimizers` makes them.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -190,3 +191,59 @@ def orthogonalize(
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x
+
+
+class Optimizers:
+    """The optimizers of a run, stepped as one, and the scaler of float16 gradients."""
+
+    def __init__(self, model: GPT, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        # an explicit dtype=float32 applies to Muon as well
+        fast = fast_bf16(device) and config.dtype != 'float32'
+        muon_dtype = torch.bfloat16 if fast else torch.float32
+        betas = (config.beta1, config.beta2)
+        self.by_name = configure_optimizers(
+            model, config.weight_decay, config.learning_rate, betas, config.optimizer, muon_dtype
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def set_learning_rate(self, learning_rate: float, step: int) -> None:
+        """Set the rate of all groups, and Muon's momentum, which starts lower.
+
+        The first updates should follow the first gradients (Jordan et al. 2024).
+        """
+        for optimizer in self.by_name.values():
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate
+                if 'momentum' in group:
+                    group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
+
+    def clip(self, model: GPT, grad_clip: float) -> Any:
+        """Unscale the gradients and clip their norm to `grad_clip` (0: no limit).
+
+        Returns the norm before clipping, 0 where nothing needs it.
+        """
+        for optimizer in self.by_name.values():
+            self.scaler.unscale_(optimizer)
+        if not grad_clip and not self.scaler.is_enabled():
+            return 0.0
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        if is_sharded(norm):
+            return norm.full_tensor()  # type: ignore[attr-defined]
+        return norm
+
+    def step(self, grad_norm: Any) -> None:
+        """Update the weights. In float16 all optimizers skip a step whose gradients overflow."""
+        overflow = self.scaler.is_enabled() and not math.isfinite(float(grad_norm))
+        if not overflow:
+            for optimizer in self.by_name.values():
+                self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        for optimizer in self.by_name.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each optimizer's state, by its name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
