@@ -10,10 +10,10 @@ import torch
 
 from configurator import UserError
 from lyregpt.dataset import Split
-from lyregpt.distributed import ceil_div, shares
+from lyregpt.distributed import shares
 from lyregpt.start import Start
 from lyregpt.trial import sequences_that_fit
-from model import GPT
+from model import GPT, ceil_div
 
 
 @dataclass

@@ -59,7 +59,11 @@ class Distributed:
             nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
             where: dict[str, Any] = {'timeout': timedelta(minutes=minutes)}
             if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-                store = dist.HashStore() if self.size == 1 else rendezvous(self.rank, self.size, minutes)
+                store = (
+                    dist.HashStore()
+                    if self.size == 1
+                    else rendezvous(self.rank, self.size, minutes)
+                )
                 where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
             if (
                 dist.is_initialized()
@@ -233,8 +237,3 @@ def job_name() -> str:
     """A name of this torchrun job, the same after a restart; '' without torchrun."""
     names = ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT')
     return ' '.join(os.environ.get(name, '') for name in names).strip()
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)

@@ -15,10 +15,10 @@ from configurator import UserError, given
 from lyregpt import checkpoint, threads
 from lyregpt.dataset import folder_of, read_tokenizer
 from lyregpt.device import put
-from lyregpt.distributed import Distributed, ceil_div, init_sharded_weights, job_name, shard
+from lyregpt.distributed import Distributed, init_sharded_weights, job_name, shard
 from lyregpt.pretrained import GPT2_NAMES, from_pretrained, is_pretrained
 from lyregpt.tokenizer import Tokenizer, file_of_pretrained, of_pretrained
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ceil_div
 
 # Options of this machine and this start, which a resumed run does not take from its checkpoint.
 # `prepare` is one of them because a checkpoint must not name a script to be run.

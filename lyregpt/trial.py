@@ -8,8 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lyregpt.dataset import Split
 from lyregpt.device import can_compile, is_sharded, local
-from lyregpt.distributed import ceil_div
-from model import GPT
+from model import GPT, ceil_div
 
 CPU_TOKENS = 4096  # tokens at once on a device whose free memory cannot be asked for
 BYTES_PER_PARAMETER = 12  # the gradient and AdamW's two states in fp32
