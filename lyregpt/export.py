@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from configurator import UserError, configure, run
 from lyregpt import checkpoint
-from lyregpt.pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_conv1d
+from lyregpt.pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_transposed
 from lyregpt.tokenizer import EOT, Tokenizer, bytes_to_unicode
 from model import PRESETS, GPTConfig
 
@@ -90,9 +90,9 @@ def to_hf(
         if name in ('transformer.wte.weight', 'lm_head.weight'):
             w = w[:vocab_size]
         weights |= zip(names, w.split(hf_rows(c, w.size(0), names)))
-        if kind == 'gpt2' and is_conv1d(name):
+        if is_transposed(name, kind):
             weights[name] = w.t()
-        if kind == 'gpt2' and not c.bias and (is_conv1d(name) or '.ln_' in name):
+        if kind == 'gpt2' and not c.bias and (is_transposed(name, kind) or '.ln_' in name):
             weights[name.replace('weight', 'bias')] = torch.zeros(w.size(0))
     hf: dict[str, Any] = {
         'model_type': kind,
@@ -223,7 +223,7 @@ def write_gguf(
         if len(tokens) > tokenizer.vocab_size and stem.endswith(('wte', 'embed_tokens', 'lm_head')):
             # the spare document end: the mean of all rows has the mean of all logits, so it is never the likeliest token
             w = torch.cat([w, w.mean(0, keepdim=True)])
-        w = w.t() if kind == 'gpt2' and is_conv1d(name) else w  # llama.cpp has no Conv1D
+        w = w.t() if is_transposed(name, kind) else w  # llama.cpp has no Conv1D
         whole = w.dim() == 1 or stem.endswith(
             'wpe'
         )  # norms, biases and positions: llama.cpp wants them in full
