@@ -1,4 +1,5 @@
-# Fine-tune GPT-2 on Shakespeare: a few minutes on a GPU; `--init_from=gpt2` is the small one, for less memory.
+# Fine-tune GPT-2 on Shakespeare: a few minutes on a GPU. --init_from=gpt2 is the smallest model and
+# needs less memory.
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_shakespeare.py
 

@@ -1,5 +1,7 @@
-# A size: about 350M parameters with a vocabulary of 16,384. For several GPUs, or one and patience, and a gigabyte of text.
-#   torchrun --standalone --nproc_per_node=8 train.py config/large.py --dataset=mine --out_dir=out-mine
+# A size: about 350M parameters with a vocabulary of 16,384. For several GPUs (or one, and patience)
+# and a gigabyte of text.
+#   torchrun --standalone --nproc_per_node=8 train.py config/large.py \
+#       --dataset=mine --out_dir=out-mine
 n_layer = 24
 n_head = 16
 n_embd = 1024

@@ -1,4 +1,4 @@
-# A size: about 1.6M parameters with a vocabulary of 2,048. Minutes on a CPU. Put it before or after another config:
+# A size: about 1.6M parameters with a vocabulary of 2,048. Minutes on a CPU.
 #   python train.py config/small.py --dataset=mine --out_dir=out-mine
 n_layer = 4
 n_head = 5

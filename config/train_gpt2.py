@@ -9,12 +9,11 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-tie_weights = True  # as GPT-2 has it: 124M parameters
+tie_weights = True  # as in GPT-2: 124M parameters
 
 batch_size = 12
-gradient_accumulation_steps = (
-    5 * 8
-)  # 12 × 1,024 × 40 = 491,520 tokens a step, shared among all GPUs
+# 12 × 1,024 × 40 = 491,520 tokens a step, divided among all GPUs
+gradient_accumulation_steps = 5 * 8
 
 learning_rate = 6e-4
 warmup_iters = 2000
@@ -22,9 +21,9 @@ max_iters = 600000  # 300 billion tokens; a tenth already gives a good model
 weight_decay = 1e-1
 
 eval_interval = 1000
-eval_iters = 200  # about 2,400 windows of the validation split, the same ones every time
+eval_iters = 200  # about 2,400 sequences of the validation split, the same ones every time
 log_interval = 10
 
-wandb_log = False  # True needs: pip install wandb
+wandb_log = False  # True logs to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'

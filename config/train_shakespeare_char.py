@@ -12,7 +12,7 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-dropout = 0.2  # the text is read many times over
+dropout = 0.2  # the text is read many times
 
 batch_size = 64
 gradient_accumulation_steps = 1

@@ -38,14 +38,16 @@ def script(*words, cwd=ROOT, timeout=120, **env):
 
 
 def mistake(capsys, main, *words):
-    """What a script's `main` says on stderr to these words, in this process (2 s less than in one of its own). It must exit with 2 and say one line."""
+    """The line on stderr with which a script's `main` rejects these words, with exit status 2.
+
+    In this process, which takes 2 s less than one of its own.
+    """
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(sys, 'argv', ['script.py', *map(str, words)])
         run(main)
-    said = [
-        line for line in capsys.readouterr().err.splitlines() if 'parameters, cpu' not in line
-    ]  # sample.py: which model it was
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if 'parameters, cpu' not in line]  # sample.py: which model
     assert left.value.code == 2 and len(said) == 1, said
     return said[0]
 
