@@ -1,7 +1,7 @@
 # A size: 0.25M parameters with 65 characters. The fastest way to nanoGPT's loss on a CPU:
 #   python train.py config/train_shakespeare_char.py config/tiny.py
-# Smaller and shallower than nanoGPT's 4 × 128: with so few steps, a small model that sees all of the
-# text reaches a lower loss than a large one that sees a part of it.
+# Smaller and shallower than nanoGPT's 4 × 128: with so few steps, a small model that sees all of
+# the text reaches a lower loss than a large one that sees a part of it.
 n_layer = 2
 n_head = 3
 n_embd = 96
