@@ -1,4 +1,4 @@
-"""data/fineweb/prepare.py: shards of a corpus, killed and resumed, in parts, from several kinds of files, and over a network that breaks."""
+"""data/fineweb/prepare.py: a corpus in shards, killed and resumed, in parts, from several sources."""
 
 import importlib.util
 import json
@@ -14,7 +14,10 @@ from lyregpt.dataset import Split, bytes_per_token, read_meta, read_tokenizer
 from tests.conftest import ROOT, gpt2, script
 
 EOT = 50256
-WORDS = 'a slow ferry carries lanterns over the bay and nobody on deck remembers who lit the first of them 海 éclair <|endoftext|>'.split()
+WORDS = (
+    'a slow ferry carries lanterns over the bay and nobody on deck remembers '
+    'who lit the first of them 海 éclair <|endoftext|>'
+).split()
 SMALL = '--val_tokens=1500', '--shard_tokens=2000'
 
 
@@ -131,7 +134,7 @@ runs, least = 0, int(sys.argv.pop(1))
 while True:
     runs += 1
     if not (child := os.fork()):
-        left = least + 7 * runs % 23  # of the calls that change what is on the disk, this many are let through
+        left = least + 7 * runs % 23  # this many of the calls that change the disk succeed
         def count(call):
             def counted(*args, **kwargs):
                 global left
@@ -316,9 +319,16 @@ def test_mistakes(tmp_path, prepare, words, message):
 @pytest.mark.skipif(os.name != 'posix', reason='limits the size of files')
 def test_a_full_disk(tmp_path):
     source, out = write_jsonl(tmp_path / 'p.jsonl', texts()), tmp_path / 'out'
-    limit = 'import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3500, 3500)); '  # val fits, a shard does not
-    run = "sys.path.insert(0, 'data/fineweb'); import prepare; sys.argv[0] = 'prepare.py'; prepare.run(prepare.main)"
-    done = script('-c', limit + run, f'--input={source}', f'--out_dir={out}', *SMALL)
+    # the validation shard fits, the others do not
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3500, 3500))
+sys.path.insert(0, 'data/fineweb')
+import prepare
+sys.argv[0] = 'prepare.py'
+prepare.run(prepare.main)
+"""
+    done = script('-c', code, f'--input={source}', f'--out_dir={out}', *SMALL)
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert 'fineweb_train_000001.bin: ' in done.stderr and 'finished shards are kept' in done.stderr
     assert list(shards(out)) == ['fineweb_val_000000.bin']

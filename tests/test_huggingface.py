@@ -1,4 +1,4 @@
-"""data/huggingface/prepare.py with the real datasets library: folders of files, and a hub that is a folder of this machine."""
+"""data/huggingface/prepare.py with the real datasets library, on folders and a simulated hub."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def write_jsonl(path, texts, **more):
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
-    """The script as a module; calling it runs `main` with these words. What datasets itself keeps goes to a folder of the test."""
+    """The script as a module; calling it runs `main` with these words, and a cache of its own."""
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'hf')
     module = load_script(monkeypatch, ROOT / 'data' / 'huggingface' / 'prepare.py')
 
@@ -52,7 +52,10 @@ def prepare(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path, prepare):
-    """The hub's dataset a/songs is the folder `hub`; `hub.trouble` are errors to raise behind row 40, `hub.opened` counts."""
+    """The hub's dataset a/songs is the folder `hub`.
+
+    `hub.trouble` are errors to raise after row 40; `hub.opened` counts.
+    """
     folder, real = tmp_path / 'hub', datasets.load_dataset
     write_jsonl(folder / 'train.jsonl', ['', *pages()])
     write_jsonl(folder / 'validation.jsonl', pages(7, seed=2))
@@ -65,13 +68,13 @@ def hub(monkeypatch, tmp_path, prepare):
             raise Hub.trouble.pop()
         return row
 
-    def load_dataset(name, config, revision, **knobs):
-        assert name == 'a/songs' and knobs.pop('trust_remote_code') is False
+    def load_dataset(name, config, revision, **options):
+        assert name == 'a/songs' and options.pop('trust_remote_code') is False
         Hub.opened += 1
         Hub.revisions.add(revision)
         return {
             k: v.map(breaking, with_indices=True, features=v.features)
-            for k, v in real(str(folder), config, **knobs).items()
+            for k, v in real(str(folder), config, **options).items()
         }
 
     class HfApi:

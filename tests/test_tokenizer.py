@@ -85,9 +85,8 @@ def test_streamed_text_is_the_decoded_text(of_bytes):
     assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces) and step(None) == ''
     rng = random.Random(1)
     for _ in range(300):  # whatever the bytes, also when they end within a character
-        ids = [
-            i for c in rng.choices('aé日🦇', k=4) for i in of_bytes.encode(c)[: rng.randint(1, 4)]
-        ]
+        cut = [of_bytes.encode(c)[: rng.randint(1, 4)] for c in rng.choices('aé日🦇', k=4)]
+        ids = sum(cut, [])
         assert ''.join(map(step, [*ids, None])) == of_bytes.decode(ids)
 
 
@@ -98,7 +97,7 @@ def test_bpe_training_is_repeatable_and_merges(demo_text, bpe):
 
 
 def test_wordpiece_takes_the_longest_token(demo_text, wordpiece):
-    """Against its definition, written out here: in each word of GPT-2's splitting the longest token that fits, again and again."""
+    """Against its definition: in each of GPT-2's words, repeatedly the longest token that fits."""
     from tokenizers import pre_tokenizers
 
     again = WordPieceTokenizer.train([demo_text], 600)
@@ -122,7 +121,7 @@ def test_wordpiece_has_no_limit_on_words(wordpiece, word):
 
 
 def test_wordpiece_is_ours_alone(tmp_path, wordpiece):
-    """BERT's own kind is refused, by name; ours comes back from Hugging Face's file, normalization and all."""
+    """BERT's own kind is refused; ours comes back from Hugging Face's file, normalized."""
     from tokenizers import Tokenizer as Engine
     from tokenizers import models, pre_tokenizers
 
@@ -178,7 +177,7 @@ def test_gpt2_equals_tiktoken_and_needs_no_file():
 
 
 def test_the_byte_table_is_gpt2s():
-    """Our BPE's byte alphabet against the one inside tiktoken: every single byte is a token of both."""
+    """Our BPE's byte alphabet against tiktoken's: every single byte is a token of both."""
     engine = gpt2()
     own = BPETokenizer.train(['aa'], 257)
     for b in range(256):
