@@ -1,4 +1,4 @@
-"""data/fineweb/prepare.py: a corpus in shards, killed and resumed, in parts, from several sources."""
+"""data/fineweb/prepare.py: a corpus in shards, killed and resumed, in parts, from many sources."""
 
 import importlib.util
 import json
