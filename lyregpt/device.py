@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from configurator import UserError
 from lyregpt import ROOT, threads
 
 
@@ -48,7 +49,7 @@ def put(tensor: Any, whole: torch.Tensor) -> None:
 def pick_device(name: str) -> torch.device:
     """'auto' is CUDA, else Apple's MPS, else the CPU.
 
-    Raises ValueError for a device that this machine lacks.
+    Raises UserError for a device that this machine lacks.
     """
     counts = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
     if name == 'auto':
@@ -56,9 +57,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
+        raise UserError(f'device={name}: expected auto, cpu, cuda, cuda:N or mps') from None
     if device.type in counts and (device.index or 0) >= counts[device.type]:
-        raise ValueError(
+        raise UserError(
             f'device={name}: this machine (or this build of PyTorch {torch.__version__}) has no '
             'such device; use device=auto or device=cpu'
         )
@@ -104,7 +105,7 @@ def fast_int8() -> bool:
 def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dtype:
     """'auto' is bfloat16 where that is fast, float16 on older GPUs, float32 elsewhere.
 
-    On a CPU it is bfloat16 for `large` models only. Raises ValueError for float16 without CUDA.
+    On a CPU it is bfloat16 for `large` models only. Raises UserError for float16 without CUDA.
     """
     cuda = device.type == 'cuda'
     if name == 'auto':
@@ -113,7 +114,7 @@ def pick_dtype(name: str, device: torch.device, large: bool = True) -> torch.dty
         else:
             name = 'float16' if cuda else 'float32'
     if name == 'float16' and not cuda:
-        raise ValueError(
+        raise UserError(
             f'dtype=float16 needs a GPU with CUDA to scale its gradients; on {device.type} use '
             'float32 or bfloat16'
         )
@@ -250,8 +251,7 @@ def best_seconds(
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Measured peak throughput: FLOP/s of a large matrix product, in about a fifth of a second."""
     n = 4096 if device.type == 'cuda' else 768
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / best_seconds(lambda: a @ b)
 
 

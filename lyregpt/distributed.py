@@ -1,19 +1,17 @@
-"""Several processes as one run: who we are, how we agree, and FSDP2. torchrun starts them; PyTorch's own DDP and FSDP2 do the work.
+"""Process group and collectives, DDP's shares of a batch, and FSDP2's sharding.
 
-One process is a team too, whose agreements cost nothing, so that the training loop reads the same for one and for many.
+torchrun starts the processes; PyTorch's own DDP and FSDP2 do the work. A single process uses the
+same class, whose collectives then cost nothing, so that the training loop is the same for both.
 """
 
 import contextlib
-import hashlib
 import logging
-import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,62 +19,50 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from lyregpt.device import pick_device, put
-from model import GPT
-
-T = TypeVar('T')
+from model import GPT, ceil_div
 
 
 class Distributed:
-    """The processes of this run, by torchrun's environment: `rank` of `size`, and `local_rank` on this machine.
+    """The processes of this run: `rank` of `size`, and `local_rank` on this machine.
 
-    `minutes` is how long one waits for the others before it gives up. `alone` makes one process a group too, which FSDP2 needs.
-    Raises UserError for a device that is not there.
+    They are known from torchrun's environment. `minutes` is how long a process waits for the
+    others before it gives up. With `alone` a single process initializes a process group, too, as
+    FSDP2 requires. Raises UserError for a device that this machine lacks.
     """
 
     def __init__(
         self, device: str = 'auto', backend: str = 'auto', minutes: float = 10, alone: bool = False
     ):
-        self.size, self.rank, self.local_rank = (
-            int(os.environ.get(k, d))
-            for k, d in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0))
-        )
-        self.is_main = self.rank == 0  # this one writes files and speaks
-        # said by whoever knows: after the loss of a machine the others count no restart
-        self.restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-        try:
-            self.device = pick_device(
-                f'cuda:{self.local_rank}'
-                if torch.cuda.is_available() and device in ('auto', 'cuda')
-                else device
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        self.size = int(os.environ.get('WORLD_SIZE', 1))
+        self.rank = int(os.environ.get('RANK', 0))
+        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        self.is_main = self.rank == 0  # this process writes the files and the messages
+        self.cpu_mesh: Any = None  # for copies of sharded tensors in the host's memory
+        self.files: Any = None  # a separate group for the writing of checkpoints
+        if torch.cuda.is_available() and device in ('auto', 'cuda'):
+            device = f'cuda:{self.local_rank}'
+        self.device = pick_device(device)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
-        self.cpu_mesh: Any = None  # of sharded tensors' copies in the host's memory
-        self.files: Any = None  # a group of its own for what the writing of checkpoints says, beside the training's
         if self.size > 1 or alone:
-            nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
-            where: dict[str, Any] = {'timeout': timedelta(minutes=minutes)}
+            options: dict[str, Any] = {'timeout': timedelta(minutes=minutes)}
             if self.size == 1 or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
                 store = (
-                    dist.HashStore()
-                    if self.size == 1
-                    else rendezvous(self.rank, self.size, minutes)
+                    rendezvous(self.rank, self.size, minutes) if self.size > 1 else dist.HashStore()
                 )
-                where |= {'store': store, 'rank': self.rank, 'world_size': self.size}
-            if (
-                dist.is_initialized()
-            ):  # a run before, in the same Python session, that ended by an error
+                options |= {'store': store, 'rank': self.rank, 'world_size': self.size}
+            if dist.is_initialized():  # by a run in the same Python session that ended by an error
                 dist.destroy_process_group()
-            dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', **where)
-            self.files = dist.new_group(
-                backend='gloo', timeout=timedelta(minutes=minutes + 60)
-            )  # disks may be slow
-        self.restarted = bool(self.all_reduce_max(self.restarted)[0])
+            nccl = self.device.type == 'cuda' and dist.is_nccl_available() and backend != 'gloo'
+            dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', **options)
+            # Writing a checkpoint may take longer than a step: disks can be slow.
+            self.files = dist.new_group(backend='gloo', timeout=timedelta(minutes=minutes + 60))
+        # After the loss of a machine, the processes of the others count no restart.
+        (restarts,) = self.all_reduce_max(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)))
+        self.restarted = restarts > 0
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, added up over all processes, in place."""
+        """The tensor, summed over all processes in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -85,66 +71,72 @@ class Distributed:
         """The largest value of each number on any process; the same on all of them."""
         if self.size == 1:
             return list(numbers)
-        agreed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return agreed.tolist()
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
-    def broadcast(self, work: Callable[[], T]) -> T:
-        """What `work()` gives on the first process, told to all. If it raises a UserError, the others exit with its status."""
-        box: list[Any] = [None, '']
+    def broadcast(self, work: Callable[[], Any]) -> Any:
+        """The result of `work()` on the first process, on all of them.
+
+        If it raises a UserError, so does this on the first process; the others exit with its
+        status.
+        """
+        message: list[Any] = [None, '']  # the result, and the error
         if self.is_main:
             try:
-                box[0] = work()
+                message[0] = work()
             except UserError as error:
-                box[1] = str(error)
+                message[1] = str(error)
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.files)
-        if box[1]:
-            self.fail(box[1])
-        return box[0]
+            dist.broadcast_object_list(message, src=0, group=self.files)
+        if message[1]:
+            self.fail(message[1])
+        return message[0]
 
     def fail(self, message: str) -> None:
-        """Raise UserError on the first process; the others, which know the same, exit without repeating it."""
+        """Raise UserError on the first process; the others, which call this too, exit silently."""
         if self.is_main:
             raise UserError(message)
-        time.sleep(
-            2
-        )  # torchrun ends all when the first one ends: that should be the one that speaks
-        sys.exit(2)
+        time.sleep(2)  # torchrun ends all processes after the first exit: it should be the main one
+        raise SystemExit(2)
 
     def close(self) -> None:
-        """Leave together."""
+        """Wait for the others and leave the process group."""
         if dist.is_initialized():
             dist.barrier(self.files)
             dist.destroy_process_group()
 
 
-def shares(rows: int, rank: int, size: int, micro: int) -> list[tuple[int, int]]:
-    """This process's part of a step's `rows` windows, cut into passes of at most `micro`: (start, stop) of each.
+def shares(
+    sequences_per_step: int, rank: int, size: int, micro_batch_size: int
+) -> list[tuple[int, int]]:
+    """(start, stop) of this process's micro-batches, among the sequences of a step.
 
-    The parts of all processes are equal but for one window, in the order of the ranks. All have the same number of passes,
-    as each pass may exchange something; a pass can be empty. Raises UserError if there are fewer windows than processes.
+    The shares of the processes are in the order of the ranks and equal but for one sequence. A
+    micro-batch has at most `micro_batch_size` sequences, or none: all processes have the same
+    number of them, as each may need a collective. Raises UserError if there are fewer sequences
+    than processes.
     """
-    if rows < size:
+    if sequences_per_step < size:
         raise UserError(
-            f'batch_size × gradient_accumulation_steps = {rows} windows a step are fewer than the {size} processes'
+            f'batch_size × gradient_accumulation_steps = {sequences_per_step} sequences per step '
+            f'are fewer than the {size} processes'
         )
-    first, end = rows * rank // size, rows * (rank + 1) // size
-    passes = math.ceil(math.ceil(rows / size) / micro)
-    return [
-        (first + (end - first) * i // passes, first + (end - first) * (i + 1) // passes)
-        for i in range(passes)
-    ]
+    first = sequences_per_step * rank // size
+    share = sequences_per_step * (rank + 1) // size - first
+    n = ceil_div(ceil_div(sequences_per_step, size), micro_batch_size)
+    return [(first + share * i // n, first + share * (i + 1) // n) for i in range(n)]
 
 
 def rendezvous(rank: int, size: int, minutes: float) -> dist.Store:
-    """A store that the processes of this very attempt share, and nobody else.
+    """A store that only the processes of this attempt share.
 
-    torchrun keeps one store for all attempts, and what the processes of an earlier one left there (addresses, ports) leads
-    those of the next astray: they wait for the dead (github.com/pytorch/pytorch/issues/135712). Counting attempts does not
-    help, as every node counts its own. So each process leaves a new name, the first one writes all names down as the list of
-    the attempt, and whoever finds its own on the list agrees; when all have, the list names the place where they meet.
-    Raises UserError when the time is over.
+    torchrun keeps one store for all attempts, and what the processes of an earlier attempt left
+    there (addresses, ports) misleads those of the next: they wait for processes that are gone
+    (github.com/pytorch/pytorch/issues/135712). Counting attempts does not help, as every node
+    counts its own. So each process stores a new random name, the first one publishes the list of
+    all names, and each process that finds its own name there confirms the list; once all have, the
+    list is the prefix of the new store. Raises UserError after `minutes`.
     """
     store = dist.TCPStore(
         os.environ['MASTER_ADDR'],
@@ -159,59 +151,55 @@ def rendezvous(rank: int, size: int, minutes: float) -> dist.Store:
             store.set('list', ' '.join(store.get(f'name/{r}').decode() for r in ranks))
         names = store.get('list').decode().split() if store.check(['list']) else []
         if len(names) == size and names[rank] == name:
-            place = hashlib.sha256(' '.join(names).encode()).hexdigest()
-            store.set(f'{place}/agreed/{rank}', '')
-            if store.check([f'{place}/agreed/{r}' for r in ranks]):
-                return dist.PrefixStore(place, store)
+            prefix = uuid.uuid5(uuid.NAMESPACE_OID, ' '.join(names)).hex
+            store.set(f'{prefix}/confirmed/{rank}', '')
+            if store.check([f'{prefix}/confirmed/{r}' for r in ranks]):
+                return dist.PrefixStore(prefix, store)
         time.sleep(0.02)
     raise UserError(
-        f'process {rank} waited {minutes:g} minutes, and not all {size} processes have come'
+        f'process {rank} waited {minutes:g} minutes, and not all {size} processes have started'
     )
 
 
 def lost_contact(error: BaseException) -> str:
-    """The first line of an error that says that another process is gone or hangs; '' for any other error."""
+    """The first line of an error that means that another process is gone or hangs, else ''."""
     text = str(error)
-    ours = isinstance(error, dist.DistError) or any(
+    if isinstance(error, dist.DistError) or any(
         word in text for word in ('gloo', 'NCCL', 'Connection closed by peer', 'Socket Timeout')
-    )
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200] if ours else ''
+    ):
+        return (text.strip() or type(error).__name__).splitlines()[0][:200]
+    return ''
 
 
-def shard(model: GPT, team: Distributed, dtype: torch.dtype, cpu_offload: bool = False) -> None:
-    """Cut the weights, in place, over the team (FSDP2, Zhao et al. 2023; ZeRO stage 3, Rajbhandari et al. 2020).
+def shard(
+    model: GPT, distributed: Distributed, dtype: torch.dtype, cpu_offload: bool = False
+) -> None:
+    """Shard the weights over the processes, in place.
 
-    `model` is on the meta device, and has memory for this process's parts alone after `materialize`. Blocks are gathered one
-    at a time, in `dtype`; gradients are summed in fp32; with `cpu_offload` the parts lie in the host's memory.
+    This is FSDP2 (Zhao et al. 2023; ZeRO stage 3, Rajbhandari et al. 2020). `model` is on the meta
+    device, and holds only this process's parts after `materialize`. Blocks are gathered one at a
+    time, in `dtype`; gradients are summed in float32; with `cpu_offload` the parts are kept in the
+    host's memory.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
 
-    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(
-        logging.ERROR
-    )  # on CPUs: how they do an all-to-all
-    team.cpu_mesh = init_device_mesh('cpu', (team.size,))
-    knobs: dict[str, Any] = {
-        'mesh': init_device_mesh(team.device.type, (team.size,)),
-        'mp_policy': MixedPrecisionPolicy(
+    # On CPUs it reports how it does an all-to-all.
+    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(logging.ERROR)
+    distributed.cpu_mesh = dist.init_device_mesh('cpu', (distributed.size,))
+    options: dict[str, Any] = {
+        'mesh': dist.init_device_mesh(distributed.device.type, (distributed.size,)),
+        'mp_policy': fsdp.MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         ),
-        'offload_policy': CPUOffloadPolicy()
-        if cpu_offload and team.device.type == 'cuda'
-        else OffloadPolicy(),
     }
+    if cpu_offload and distributed.device.type == 'cuda':
+        options['offload_policy'] = fsdp.CPUOffloadPolicy()
     for block in model.transformer.h:
-        fully_shard(block, **knobs)
-    fully_shard(model, **knobs)
-    register_fsdp_forward_method(model, 'next_logits')  # generate calls this one
+        fsdp.fully_shard(block, **options)
+    fsdp.fully_shard(model, **options)
+    fsdp.register_fsdp_forward_method(model, 'next_logits')  # generate calls this one
 
 
 @torch.no_grad()
@@ -227,7 +215,7 @@ def init_sharded_weights(model: GPT) -> None:
 
 
 def gradient_sync(forward: Any, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-    """For a pass through `forward`: DDP exchanges gradients after a step's last micro-batch only."""
+    """For a pass through `forward`: DDP exchanges gradients after the last micro-batch only."""
     if is_last or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()

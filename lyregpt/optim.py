@@ -28,7 +28,7 @@ def configure_optimizers(
     leave them to Adam). `dtype` is the format of Muon's matrix products; None means bfloat16
     where that is fast.
     """
-    config: Any = model.config
+    config = model.config
     kv_rows = config.n_kv_head * config.head_dim
     fused: dict[str, tuple[int, ...]] = {
         'attn.c_attn.weight': (config.n_head * config.head_dim, kv_rows, kv_rows)

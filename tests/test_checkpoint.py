@@ -157,11 +157,8 @@ def test_the_one_before_stays_and_is_gone_back_to(tmp_path, capsys):
     os.truncate(path, 300)
     used, state = checkpoint.load_from(str(tmp_path))
     assert state['iter_num'] == 2 and used.endswith('ckpt.prev.pt')
-    assert (
-        'WARNING' in (err := capsys.readouterr().err)
-        and err.count('\n') == 1
-        and 'going back to' in err
-    )
+    err = capsys.readouterr().err
+    assert 'WARNING' in err and err.count('\n') == 1 and 'going back to' in err
     checkpoint.set_aside_damaged(str(tmp_path), used)
     assert sorted(os.listdir(tmp_path)) == ['ckpt.prev.pt', 'ckpt.pt.damaged'], (
         'the next save cannot put it in the place of the good one'
@@ -216,7 +213,7 @@ def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):
 
 
 def nanogpt_checkpoint(path, chars, compiled=False, steps=3):
-    """What nanoGPT's train.py writes, built by the layout it documents: its seven model_args, one AdamW with two groups."""
+    """What nanoGPT's train.py writes: its seven model_args, one AdamW with two groups."""
     from lyregpt.dataset import Split, read_tokenizer
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A short round of the driver that breaks training runs on purpose; python tests/faults/driver.py tells of the long one."""
+"""A short round of tests/faults/driver.py, which breaks training runs on purpose."""
 
 import pytest
 

@@ -231,7 +231,7 @@ def test_a_batch_that_cannot_be_shared(chars, tmp_path):
     assert (
         done.returncode
         and done.stderr.count(
-            'train.py: error: batch_size × gradient_accumulation_steps = 1 windows a step are fewer than the 2 processes'
+            'train.py: error: batch_size × gradient_accumulation_steps = 1 sequences per step are fewer than the 2 processes'
         )
         == 1
     )

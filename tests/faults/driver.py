@@ -1,11 +1,13 @@
-"""Break training runs in every way we could think of, and count what came of it.
+"""Break training runs in every way we could think of, and count the results.
 
     python tests/faults/driver.py                     (a short round, a few minutes)
-    python tests/faults/driver.py --kills=50 --damages=200 --fall_backs=10 --signals=20 --restarts=5 --nans=5 --full_disks=3 --stops=2     (the long one)
+    python tests/faults/driver.py --kills=50 --damages=200 --fall_backs=10 --signals=20 \\
+        --restarts=5 --nans=5 --full_disks=3 --stops=2     (the long one)
 
-Runs are real processes of train.py, on real files. A fault is survived if the run, or the one that resumes it, ends with exactly
-the weights, optimizer states and metrics.csv of a run that nobody disturbed, or, where there is nothing to go on with, if it ends with one
-clear line and exit status 2. Anything else is a wrong result. Lost steps are those that had to be done again.
+Runs are real processes of train.py, on real files. A fault is survived if the run, or the one that
+resumes it, ends with exactly the weights, optimizer states and metrics.csv of an undisturbed run,
+or, where nothing can be resumed, with one clear line and exit status 2. Anything else is a wrong
+result. Lost steps are those that had to be repeated.
 """
 
 import contextlib
@@ -38,8 +40,10 @@ from lyregpt.tokenizer import CharTokenizer  # noqa: E402
 
 STEPS = 240
 SHAPE = (
-    f'--n_layer=2 --n_head=2 --n_embd=128 --block_size=32 --batch_size=4 --gradient_accumulation_steps=1 --learning_rate=3e-3 --dropout=0.1 '
-    f'--max_iters={STEPS} --warmup_iters=10 --eval_interval=60 --eval_iters=4 --log_interval=7 --checkpoint_interval=9 --device=cpu'
+    '--n_layer=2 --n_head=2 --n_embd=128 --block_size=32 --batch_size=4 '
+    '--gradient_accumulation_steps=1 --learning_rate=3e-3 --dropout=0.1 '
+    f'--max_iters={STEPS} --warmup_iters=10 --eval_interval=60 --eval_iters=4 '
+    '--log_interval=7 --checkpoint_interval=9 --device=cpu'
 ).split()
 EXACT = (
     'step',
@@ -49,7 +53,7 @@ EXACT = (
     'val_bpb',
     'lr',
     'grad_norm',
-)  # columns of metrics.csv that no clock has a say in
+)  # the columns of metrics.csv that do not depend on time
 
 
 @dataclass
@@ -154,7 +158,7 @@ class Bench:
 
 
 def differs(a: Path, b: Path) -> str:
-    """'' if two out_dirs hold the same weights, optimizer states and figures to the last bit; else what is not the same."""
+    """'' if two out_dirs hold the same weights, states and metrics, else what differs."""
     one, two = (checkpoint.load(str(p / 'ckpt.pt')) for p in (a, b))
     tensors = [checkpoint.flatten_state(s) for s in (one, two)]
     if tensors[0][0].keys() != tensors[1][0].keys():
@@ -223,11 +227,11 @@ def one_line(done: subprocess.CompletedProcess, status: int = 2) -> str:
 # The faults: each breaks one run, and gives (lost steps, '' or what went wrong, a remark)
 
 
-def kill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
+def kill(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
     bench.undisturbed()
-    process = bench.start(out, f'--checkpoint_async={dice.random() < 0.5}')
+    process = bench.start(out, f'--checkpoint_async={rng.random() < 0.5}')
     wait_for(process, 'machine:')
-    time.sleep(dice.random() * 1.2 * bench.seconds)
+    time.sleep(rng.random() * 1.2 * bench.seconds)
     over = process.poll() is not None
     end_group(process)
     process.communicate()
@@ -242,12 +246,12 @@ def kill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     )
 
 
-def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    number = dice.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def ask(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     bench.undisturbed()
     process = bench.start(out, '--checkpoint_interval=0')
     wait_for(process, 'machine:')
-    time.sleep(0.1 + dice.random() * 0.7 * bench.seconds)
+    time.sleep(0.1 + rng.random() * 0.7 * bench.seconds)
     process.send_signal(number)
     if number == signal.SIGUSR1:
         time.sleep(0.5)
@@ -266,15 +270,15 @@ def ask(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     return lost, ended_badly(done) or differs(bench.undisturbed(), out), number.name
 
 
-def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
+def restart(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
     bench.undisturbed(2)
     process = bench.start(out, processes=2, launcher=('--max_restarts=3',))
     wait_for(process, 'machine:')
-    time.sleep(dice.random() * bench.seconds)
+    time.sleep(rng.random() * bench.seconds)
     victims = children(process.pid)
     lost = 0
     if len(victims) == 2:
-        os.kill(dice.choice(victims), signal.SIGKILL)
+        os.kill(rng.choice(victims), signal.SIGKILL)
         lost = max(0, reached(out) - step_of(out))
     try:
         _, err = process.communicate(timeout=180)
@@ -290,11 +294,11 @@ def restart(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str
     return lost, wrong, 'resumed' if again else 'began anew, or was over'
 
 
-def stop(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
+def stop(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
     process = bench.start(out, '--timeout_minutes=0.15', '--max_iters=100000', processes=2)
     wait_for(process, 'step 7')
     victims = children(process.pid)
-    os.kill(dice.choice(victims), signal.SIGSTOP)
+    os.kill(rng.choice(victims), signal.SIGSTOP)
     started = time.monotonic()
     try:
         _, err = process.communicate(timeout=90)
@@ -323,15 +327,15 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def fall_back(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """A damaged latest checkpoint, a run that goes on from the one before, killed at a random instant, and gone on with again."""
+def fall_back(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    """A damaged checkpoint, a run resumed from the one before, killed, and resumed again."""
     shutil.copytree(bench.undisturbed(), out)
     with open(out / 'ckpt.pt', 'r+b') as f:
-        f.truncate(dice.randrange(os.path.getsize(out / 'ckpt.pt')))
+        f.truncate(rng.randrange(os.path.getsize(out / 'ckpt.pt')))
     good = step_of(out)
     process = bench.start(out, '--init_from=resume', '--checkpoint_interval=1')
     wait_for(process, 'resuming')
-    time.sleep(0.5 * dice.random())
+    time.sleep(0.5 * rng.random())
     end_group(process)
     process.communicate()
     if step_of(out) < good:
@@ -340,9 +344,9 @@ def fall_back(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
     return STEPS - good, ended_badly(done) or differs(bench.undisturbed(), out), ''
 
 
-def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """Cut off or turn a bit of the latest checkpoint; reading must give the one before, or that very state."""
-    folder = dice.random() < 0.5
+def damage(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    """Truncate the latest checkpoint or flip a bit; reading must give the one before it."""
+    folder = rng.random() < 0.5
     source = bench.undisturbed()
     out.mkdir()
     names = {True: ('ckpt', 'ckpt.prev'), False: ('ckpt.pt', 'ckpt.prev.pt')}[folder]
@@ -351,11 +355,11 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
             checkpoint.save_folder(str(out / name), checkpoint.load(str(source / origin)))
         else:
             shutil.copy(source / origin, out / name)
-    victim = dice.choice(sorted((out / 'ckpt').iterdir())) if folder else out / 'ckpt.pt'
+    victim = rng.choice(sorted((out / 'ckpt').iterdir())) if folder else out / 'ckpt.pt'
     size = victim.stat().st_size
-    kind = dice.choice(['cut', 'bit', 'bit', 'bytes'])
+    kind = rng.choice(['cut', 'bit', 'bit', 'bytes'])
     with open(victim, 'r+b') as f:
-        at = dice.randrange(size)
+        at = rng.randrange(size)
         if kind == 'cut':
             f.truncate(at)
         else:
@@ -363,7 +367,7 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
             some = f.read(1 if kind == 'bit' else 100)
             f.seek(at)
             f.write(
-                bytes([some[0] ^ 1 << dice.randrange(8)])
+                bytes([some[0] ^ 1 << rng.randrange(8)])
                 if kind == 'bit'
                 else bytes(b ^ 0x5A for b in some)
             )
@@ -385,10 +389,10 @@ def damage(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]
     )
 
 
-def fill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """A disk with room for the first checkpoints and no more, in the midst of training; then room again."""
+def fill(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    """A disk that fills up after the first checkpoints; then it has room again."""
     out.mkdir()
-    size = dice.randrange(9000, 14000)
+    size = rng.randrange(9000, 14000)
     if subprocess.run(
         ['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(out)],
         capture_output=True,
@@ -397,7 +401,7 @@ def fill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
         return 0, '', 'skipped: mounting is not allowed here'
     process = bench.start(out)
     try:
-        time.sleep(dice.random())
+        time.sleep(rng.random())
         while process.poll() is None and not (out / 'ckpt.pt').exists():
             time.sleep(0.05)
         with open(out / 'ballast', 'wb', buffering=0) as f:
@@ -408,7 +412,8 @@ def fill(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
                 pass
         _, err = process.communicate(timeout=120)
         filled = subprocess.CompletedProcess(process.args, process.returncode, '', err)
-        if process.returncode and (wrong := one_line(filled)):
+        wrong = one_line(filled)
+        if process.returncode and wrong:
             return 0, wrong, ''
         lost = STEPS - step_of(out)
         os.remove(out / 'ballast')
@@ -428,8 +433,8 @@ def weights_differ(a: Path, b: Path) -> str:
     return '' if wrong == 'metrics.csv' else wrong
 
 
-def nan(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    at = dice.choice([30, 60, 90])
+def nan(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    at = rng.choice([30, 60, 90])
     done = bench.finish(out, f'--max_iters={at}', f'--lr_decay_iters={STEPS}')
     good = step_of(out)
     done = bench.finish(
@@ -440,7 +445,8 @@ def nan(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
         '--grad_clip=0',
         '--decay_lr=False',
     )
-    if wrong := one_line(done):
+    wrong = one_line(done)
+    if wrong:
         return 0, wrong, ''
     state = checkpoint.load_from(str(out), best=False)[1]
     finite = all(bool(w.isfinite().all()) for w in state['model'].values())
@@ -451,22 +457,23 @@ def nan(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     )
 
 
-def spoil(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """Token files cut off or with bits turned: one clear line; or, where ids stay in the vocabulary, a run that nothing ends."""
+def spoil(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    """Token files truncated or with flipped bits: one clear line, or a run on other valid ids."""
     folder = Path(f'{out}-data')
     shutil.copytree(bench.folder / 'data', folder)
-    victim = folder / dice.choice(['train.bin', 'val.bin'])
+    victim = folder / rng.choice(['train.bin', 'val.bin'])
     size = victim.stat().st_size
-    kind = dice.choice(['cut', 'empty', 'bits'])
+    kind = rng.choice(['cut', 'empty', 'bits'])
     with open(victim, 'r+b') as f:
         if kind == 'bits':
             for _ in range(20):
-                f.seek(at := dice.randrange(size))
+                at = rng.randrange(size)
+                f.seek(at)
                 byte = f.read(1)[0]
                 f.seek(at)
-                f.write(bytes([byte ^ 1 << dice.randrange(8)]))
+                f.write(bytes([byte ^ 1 << rng.randrange(8)]))
         else:
-            f.truncate(dice.randrange(1, size) if kind == 'cut' else 0)
+            f.truncate(rng.randrange(1, size) if kind == 'cut' else 0)
     done = bench.finish(out, f'--dataset={folder}', '--max_iters=60')
     clear = not one_line(done) or kind == 'bits' and done.returncode == 0
     return (
@@ -476,11 +483,11 @@ def spoil(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
     )
 
 
-def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, str]:
-    """A checkpoint whose pickle wants to make a folder, or whose config names a script that does."""
+def hide_code(bench: Bench, rng: random.Random, out: Path) -> tuple[int, str, str]:
+    """A checkpoint whose pickle makes a folder, or whose config names a script that does."""
     shutil.copytree(bench.undisturbed(), out)
     mark = out / 'ran'
-    if dice.random() < 0.5:
+    if rng.random() < 0.5:
         (out / 'data').mkdir()
         (out / 'data' / 'prepare.py').write_text(
             f'import os\nos.mkdir({str(mark)!r})\n# offline: bool\n', encoding='utf-8'
@@ -507,7 +514,7 @@ def hide_code(bench: Bench, dice: random.Random, out: Path) -> tuple[int, str, s
     torch.save(
         checkpoint.load(str(out / 'ckpt.pt')) | {'extra': Evil()},
         out / 'ckpt.pt',
-        _use_new_zipfile_serialization=dice.random() < 0.5,
+        _use_new_zipfile_serialization=rng.random() < 0.5,
     )
     for spare in ('ckpt.prev.pt', 'best.pt'):
         (out / spare).unlink()
@@ -547,7 +554,7 @@ def drive(config: FaultsConfig) -> dict[str, Tally]:
                 out = Path(folder) / f'{kind}-{number}'
                 try:
                     return fault(bench, random.Random(f'{config.seed} {kind} {number}'), out)
-                except Exception as error:  # of the driver, or of reading what was left: it counts as a wrong result
+                except Exception as error:  # it counts as a wrong result
                     return 0, f'{type(error).__name__}: {error}', ''
                 finally:
                     shutil.rmtree(out, ignore_errors=True)
@@ -570,6 +577,15 @@ def drive(config: FaultsConfig) -> dict[str, Tally]:
     return tallies
 
 
+def row(name: str, tallies: list[Tally]) -> str:
+    """A line of the table, of the sums over the tallies."""
+    tried = sum(t.tried for t in tallies)
+    survived = sum(t.survived for t in tallies)
+    wrong = sum(len(t.wrong) for t in tallies)
+    lost = sum(sum(t.lost) for t in tallies)
+    return f'{name:<36}{tried:>6}{survived:>9}{wrong:>6}{lost:>11}'
+
+
 def main() -> None:
     config = configure(FaultsConfig, description='Break training runs and count what came of it.')
     began = time.monotonic()
@@ -580,14 +596,9 @@ def main() -> None:
     print(f'{"fault":<36}{"tried":>6}{"survived":>9}{"wrong":>6}{"lost steps":>11}')
     for kind, tally in tallies.items():
         if tally.tried:
-            print(
-                f'{FAULTS[kind][0]:<36}{tally.tried:>6}{tally.survived:>9}{len(tally.wrong):>6}{sum(tally.lost):>11}  {tally.remark}'
-            )
+            print(f'{row(FAULTS[kind][0], [tally])}  {tally.remark}')
     everything = list(tallies.values())
-    print(
-        f'{"all":<36}{sum(t.tried for t in everything):>6}{sum(t.survived for t in everything):>9}'
-        f'{sum(len(t.wrong) for t in everything):>6}{sum(sum(t.lost) for t in everything):>11}  in {time.monotonic() - began:.0f} s'
-    )
+    print(f'{row("all", everything)}  in {time.monotonic() - began:.0f} s')
     for tally in everything:
         for wrong in tally.wrong:
             print(wrong, file=sys.stderr)
