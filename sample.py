@@ -110,23 +110,22 @@ def print_samples(loaded: LoadedModel, config: SampleConfig) -> None:
         index = index_of(loaded.about.get('config', {}), config.dataset)
     prompt = prompt_text(config)
     prompt_ids = encode_prompt(tokenizer, prompt)
-    samples: list[list[int]] = [[] for _ in range(config.num_samples)]
+    steps = [[-1] * config.num_samples]  # of each step, a token for each sample
 
-    # Generate all samples at once, and print the first one meanwhile.
+    # Generate all samples at once, and print the first one meanwhile. -1: it has ended.
     decode = tokenizer.stream_decoder()
     if not config.json:
         print(prompt, end='', flush=True)
     for tokens in generate(loaded, config, prompt, prompt_ids, index):
-        for ids, token in zip(samples, tokens):
-            if token >= 0:
-                ids.append(token)
+        steps.append(tokens)
         if not config.json and tokens[0] >= 0:
             print(decode(tokens[0]), end='', flush=True)
     if not config.json:
         print(decode(None))
 
     # Print the others, and what was asked about each.
-    for i, ids in enumerate(samples):
+    for i, column in enumerate(zip(*steps)):
+        ids = [token for token in column if token >= 0]
         text, ended = tokenizer.decode(ids), len(ids) < config.max_new_tokens
         found = None
         if index and config.originality:
