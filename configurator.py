@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar('T')
 
+ROOT = os.path.dirname(os.path.abspath(__file__))
 DATA_FORMATS = ('.json', '.yaml', '.yml')
 # What the words for None, True and False stand for, by type.
 WORDS: dict[Any, dict[str, Any]] = {
@@ -101,8 +102,7 @@ def configure(options: type[T], argv: Sequence[str] | None = None, description: 
 # Remove the value of an option from the words that follow its name. A bool needs none.
 def _pop_value(name: str, kind: Any, words: list[str]) -> str:
     members = _members(kind)
-    flag_values = (*WORDS[bool], 'none', 'auto')
-    if bool in members and not (words and words[0].lower() in flag_values):
+    if bool in members and (not words or words[0].lower() not in (*WORDS[bool], 'none', 'auto')):
         return 'True'
     if not words or words[0].startswith('--'):
         raise UserError(f'--{name} needs a value, as in --{name}=VALUE')
@@ -170,15 +170,13 @@ def find_file(path: str) -> str:
 
     Raises UserError, with the nearest name, if it is in neither.
     """
-    root = os.path.dirname(os.path.abspath(__file__))
-    for place in (path, os.path.join(root, path)):
+    for place in (path, os.path.join(ROOT, path)):
         if os.path.isfile(place):
             return place
     siblings = os.path.join(os.path.dirname(path), '*')
-    files = glob.glob(siblings) + glob.glob(siblings, root_dir=root)
+    near = did_you_mean(path, glob.glob(siblings) + glob.glob(siblings, root_dir=ROOT))
     raise UserError(
-        f'{path}: no such config file (options begin with --, as in --batch_size=32)'
-        f'{did_you_mean(path, files)}'
+        f'{path}: no such config file (options begin with --, as in --batch_size=32){near}'
     )
 
 
@@ -197,8 +195,8 @@ def parse(path: str, text: str) -> dict[Any, Any]:
 
 def did_you_mean(name: str, known: Iterable[str], dashes: str = '') -> str:
     """The hint to the known name that begins with `name` or is nearest to it; '' without one."""
-    near = [k for k in known if name and k.startswith(name)]
-    near += difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    begun = [k for k in known if name and k.startswith(name)]
+    near = begun or difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
     return f'; did you mean {dashes}{near[0]}?' if near else ''
 
 
