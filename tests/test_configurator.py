@@ -296,7 +296,7 @@ def test_old_configs(tmp_path, capsys, old, new):
             'old.json',
             '{"train": {"max_steps": -1}}',
             'new.yaml',
-            'max_iters=-1: expected 0 or more',
+            'max_iters=-1: expected at least 0',
         ),
         (
             'old.json',
