@@ -80,8 +80,7 @@ class GPTConfig:
     head_dim: int = BY_ARCH  # width of a head; n_embd / n_head by default
 
     def __post_init__(self) -> None:
-        known = ', '.join(PRESETS)
-        require((self.arch in PRESETS, f'arch={self.arch}: expected one of {known}'))
+        require((self.arch in PRESETS, f'arch={self.arch}: expected gpt2 or modern'))
         n_head = max(1, self.n_head)  # a bad value is reported below
         require(
             (
@@ -248,7 +247,6 @@ class CastLinear(torch.autograd.Function):
         """x (…, in), weight (out, in), bias (out,) or None → (…, out) in `dtype`."""
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -259,7 +257,7 @@ class CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
         dw = (dy.t() @ x.flatten(0, -2)).to(weight.dtype)
-        db = dy.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        db = dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         return grads[0] @ weight.to(x.dtype), dw, db, None
 
 
@@ -445,7 +443,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         device = torch.get_default_device()
-        # on the meta device, modules draw no weights that init_weights would draw again
+        # on the meta device, modules draw no weights that init_weight would draw again
         with torch.device('meta'):
             wte = nn.Embedding(config.vocab_size, config.n_embd)
             learned = config.position == 'learned'
@@ -569,7 +567,7 @@ class GPT(nn.Module):
     # Size
 
     def num_params(self, embeddings: bool = True) -> int:
-        """The number of parameters; without the embeddings if asked, except those that are the head."""
+        """The number of parameters, with or without the embeddings (a tied one always counts)."""
         skipped = {'transformer.wpe.weight'}
         if not self.config.tie_weights:
             skipped.add('transformer.wte.weight')
@@ -630,11 +628,7 @@ class GPT(nn.Module):
         """
         check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
         history = [torch.as_tensor(prompt, dtype=torch.long).tolist() for prompt in prompts]
-        batch, size, device = (
-            len(history),
-            self.config.block_size,
-            self.transformer.wte.weight.device,
-        )
+        batch, device = len(history), self.transformer.wte.weight.device
         require(
             (history and all(history), 'a prompt is empty: give at least one token'),
             (
@@ -650,10 +644,10 @@ class GPT(nn.Module):
         self.eval()
         try:
             for step in range(max_new_tokens):
-                if cache is None or cache.length >= size:
+                if cache is None or cache.length >= self.config.block_size:
                     # NOTE: reading each token as it comes would make a GPU wait
                     pairs = zip(history, torch.cat(new, dim=1).tolist())
-                    history = [fit_context(old + ids, size) for old, ids in pairs]
+                    history = [fit_context(a + b, self.config.block_size) for a, b in pairs]
                     new.clear()
                     cache, logits = self._prefill(history, max_new_tokens - step, compile)
                 else:
@@ -707,11 +701,11 @@ class GPT(nn.Module):
         cache.length, cache.position = longest, None
         if not shared:
             cache.position = torch.tensor([[len(row)] for row in history], device=weight.device)
-        elif static:
+            return cache, torch.cat(logits)
+        if static:
             cache.position = torch.tensor([longest], device=weight.device)
-        if shared:
-            cache.data[:, :, 1:, :, :longest] = cache.data[:, :, :1, :, :longest]
-        return cache, torch.cat(logits).expand(batch, -1)
+        cache.data[:, :, 1:, :, :longest] = cache.data[:, :, :1, :, :longest]
+        return cache, logits[0].expand(batch, -1)
 
     def _decode(self, tokens: torch.Tensor, cache: KVCache, compiled: bool) -> torch.Tensor:
         """Read one token of each row, (B, 1); returns the next logits (B, V)."""

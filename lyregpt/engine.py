@@ -311,7 +311,8 @@ class Engine:
             self.requests.discard(request)
             self.leave(request)
         else:
-            n_held = overlap(request.held, request.stop)
+            starts = [stop[:k] for stop in request.stop for k in range(1, len(stop))]
+            n_held = max((len(s) for s in starts if request.held.endswith(s)), default=0)
         delta = Delta(request.held[: len(request.held) - n_held], finish=finish)
         request.held = request.held[len(delta.text) :]
         request.n_emitted += len(delta.text)
@@ -356,9 +357,3 @@ class Engine:
             predicted = logprobs[i - start - 1] if i else None  # nothing predicts the first token
             request.reports.append(self.report(request, ids[i], max(0, offset), predicted))
             offset += len(decode(ids[i]))
-
-
-def overlap(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of `text` with which one of `stops` begins."""
-    lengths = [k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k])]
-    return max(lengths, default=0)
