@@ -95,10 +95,10 @@ def device(config: DoctorConfig, folder: str) -> tuple[str, str]:
         raise UserError(str(error)) from None
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = a.double() @ b.double()
-    error = float(((a.to(where) @ b.to(where)).cpu() - exact).abs().max() / exact.abs().max())
+    wrong = float(((a.to(where) @ b.to(where)).cpu() - exact).abs().max() / exact.abs().max())
     text = f'{where}, {matmul_ceiling(where, dtype) / 1e12:.2f} TFLOP/s in {dtype}'
-    if not error < 0.01:
-        return 'FAIL', f'{text}, but a matrix product is wrong by {error:.0%}; try --device=cpu'
+    if not wrong < 0.01:
+        return 'FAIL', f'{text}, but a matrix product is wrong by {wrong:.0%}; try --device=cpu'
     if where.type == 'cuda':
         reason = can_compile(where)
         if reason:
