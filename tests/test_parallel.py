@@ -236,10 +236,10 @@ def test_mistakes_with_checkpoints(sharded, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     'more, message',
     [
-        (['--parallel=fsdp', '--dtype=float16'], 'does not go with parallel=fsdp'),
+        (['--parallel=fsdp', '--dtype=float16'], 'does not work with parallel=fsdp'),
         (['--cpu_offload=True'], 'needs parallel=fsdp'),
         (['--shard_groups=2'], 'deals out numbered shards'),
-        (['--shard_groups=5'], 'cannot be shared equally among shard_groups=5'),
+        (['--shard_groups=5'], 'cannot be divided equally among shard_groups=5'),
         (['--timeout_minutes=0'], 'timeout_minutes=0.0: expected more than 0'),
         (['--init_from=auto:nowhere'], 'nowhere: no such folder'),
     ],
