@@ -597,19 +597,21 @@ def main() -> None:
         prog=sys.argv[0], description='Train a tokenizer, or use one from the shell.'
     )
     commands = parser.add_subparsers(dest='command', required=True)
-    train = commands.add_parser('train', help='learn a tokenizer from text files')
-    train.add_argument('files', nargs='+', metavar='FILE')
-    train.add_argument('--kind', choices=('bpe', 'wordpiece', 'char'), default='bpe')
-    train.add_argument(
-        '--vocab_size', type=int, default=2048, help='number of tokens, not for char (default 2048)'
+    train = commands.add_parser(
+        'train',
+        help='learn a tokenizer from text files',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument('--lowercase', action='store_true', help='turn all text to lower case first')
-    train.add_argument(
-        '--squeeze', action='store_true', help='squeeze blanks and empty lines first'
-    )
-    train.add_argument(
-        '--out', default='tokenizer.json', help='the file to write (default tokenizer.json)'
-    )
+    train_options: dict[str, dict[str, Any]] = {
+        'files': {'nargs': '+', 'metavar': 'FILE'},
+        '--kind': {'choices': ('bpe', 'wordpiece', 'char'), 'default': 'bpe'},
+        '--vocab_size': {'type': int, 'default': 2048, 'help': 'number of tokens, not for char'},
+        '--lowercase': {'action': 'store_true', 'help': 'turn all text to lower case first'},
+        '--squeeze': {'action': 'store_true', 'help': 'squeeze blanks and empty lines first'},
+        '--out': {'default': 'tokenizer.json', 'help': 'the file to write'},
+    }
+    for name, settings in train_options.items():
+        train.add_argument(name, **settings)
     for name, what in ('encode', 'text'), ('decode', 'ids'):
         command = commands.add_parser(name, help=f'{name} {what} from the arguments or stdin')
         command.add_argument(

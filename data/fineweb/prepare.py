@@ -138,7 +138,7 @@ class Ledger:
         self.notes: dict[str, Any] = fixed | start
         there = os.listdir(config.out_dir) if os.path.isdir(config.out_dir) else []
         shards = [name for name in there if name.endswith('.bin')]
-        if self.index:  # part 0's validation may be here
+        if self.index:  # part 0's validation split may be here
             shards = [name for name in shards if '_val_' not in name]
         if shards and not any(name.endswith(f'-of-{self.parts}.json') for name in there):
             raise UserError(
@@ -221,9 +221,9 @@ def write_shards(ledger: Ledger, documents: Documents) -> None:
             counts += (1, len(ids) + 1, n_bytes)
             if counts[1] >= ledger.next_shard()[1]:
                 ledger.add_shard(lambda path: write_file(path, shard), position, counts.tolist())
+                shard, counts = bytearray(), np.zeros(3, dtype=int)
                 if ledger.finished():
                     return
-                shard, counts = bytearray(), np.zeros(3, dtype=int)
     if shard and ledger.next_shard()[0] == 'train':  # the last one may be shorter
         ledger.add_shard(lambda path: write_file(path, shard), position, counts.tolist())
 

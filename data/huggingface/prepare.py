@@ -104,11 +104,8 @@ def main() -> None:
     )
     described = ' '.join(filter(None, [config.name, config.config, config.split]))
     write_dataset(out_dir, pieces(config, sources), tokenizer, source=described)
-    dataset = out_dir
-    if os.path.abspath(os.path.dirname(out_dir)) == os.path.dirname(HERE):
-        dataset = os.path.basename(out_dir)
     print(
-        f'train on it: python train.py config/small.py --dataset={dataset} '
+        f'train on it: python train.py config/small.py --dataset={out_dir} '
         f'--out_dir=out-{os.path.basename(out_dir)}'
     )
 
@@ -184,12 +181,8 @@ class Cache:
         """Add documents until there are enough, and note every few seconds what is complete."""
         notes, config = self.notes, self.config
         os.makedirs(config.cache_dir, exist_ok=True)
-        bar = tqdm(
-            initial=notes['documents'],
-            total=config.num_samples,
-            desc=f'{config.name} {self.split}',
-            disable=None,
-        )
+        done, title = notes['documents'], f'{config.name} {self.split}'
+        bar = tqdm(initial=done, total=config.num_samples, desc=title, disable=None)
         with open(self.path + '.jsonl', 'ab') as f, bar:
             f.truncate(notes['bytes'])
             noted = time.monotonic()
@@ -275,12 +268,13 @@ def open_split(config: PrepareConfig, split: str, notes: dict[str, Any] | None) 
         ) from None
     except (datasets.exceptions.DatasetNotFoundError, ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:400]
-        if 'gated' in reason:
-            reason += f'; accept its terms at https://huggingface.co/datasets/{name}'
-            reason += ', then `hf auth login`'
-        if 'onfig' in reason:
-            reason += '; name one with --config'
-        raise UserError(f'{name}: {reason}') from None
+        hints = {
+            'gated': f'; accept its terms at https://huggingface.co/datasets/{name}, '
+            'then `hf auth login`',
+            'onfig': '; name one with --config',
+        }
+        advice = ''.join(hint for word, hint in hints.items() if word in reason)
+        raise UserError(f'{name}: {reason}{advice}') from None
     if split not in splits:
         raise UserError(
             f'{name}: has no split {split!r}, but {", ".join(splits)}; '
