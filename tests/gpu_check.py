@@ -45,6 +45,7 @@ from lyregpt import checkpoint  # noqa: E402
 from lyregpt.dataset import write_dataset  # noqa: E402
 from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
 from lyregpt.engine import Engine, Request  # noqa: E402
+from lyregpt.measure import Table  # noqa: E402
 from lyregpt.quantize import quantize_model  # noqa: E402
 from lyregpt.text import split_text  # noqa: E402
 from lyregpt.tokenizer import CharTokenizer, Tokenizer  # noqa: E402
@@ -321,14 +322,11 @@ def batch_invariance(check: Check) -> str:
 # Speed
 
 
-def figures(
-    measure: Callable[..., None], config: bench.BenchConfig, check: Check, *more: Any
-) -> dict[str, dict[str, float]]:
-    """What a measurement of bench.py found, by the last word of the name and by side (ours, peer)."""
-    device = check.device
-    table = bench.Table(lambda: matmul_ceiling(device, torch.float32))
+def figures(check: Check, config: bench.BenchConfig) -> dict[str, dict[str, float]]:
+    """What a mode of bench.py found, by the last word of the name and by side (ours, peer)."""
+    table = Table(lambda: matmul_ceiling(check.device, torch.float32), config.rounds)
     try:
-        measure(table, config, str(device), *more)
+        bench.MODES[config.mode](table, config)
     except UserError:
         if not any(name.endswith('tokens_per_s') for name in table.figures):
             raise
@@ -343,7 +341,7 @@ def figures(
 def measured(check: Check, **options: Any) -> bench.BenchConfig:
     """bench.py's options for one round: GPT-2's size on a GPU, nanoGPT's small one on a CPU."""
     small: dict[str, Any] = {'size': 'small', 'batch': 1} if check.device.type == 'cpu' else {}
-    return bench.BenchConfig(rounds=1, device=check.config.device, **small, **options)
+    return bench.BenchConfig(rounds=1, device=str(check.device), **small, **options)
 
 
 def size_name(check: Check) -> str:
@@ -353,15 +351,8 @@ def size_name(check: Check) -> str:
 
 def training_speed(check: Check) -> str:
     """Tokens a second, share of the measured peak, and memory, beside nanoGPT if it is there."""
-    found = figures(
-        bench.measure_train,
-        measured(
-            check,
-            mode='train',
-            peer=os.path.abspath(check.config.peer) if check.config.peer else '',
-        ),
-        check,
-    )
+    peer = os.path.abspath(check.config.peer) if check.config.peer else ''
+    found = figures(check, measured(check, mode='train', peer=peer))
     speed, share = found['tokens_per_s']['ours'], found['share_of_ceiling']['ours']
     said = f'{speed:,.0f} tokens/s, {100 * share:.0f}% of the measured peak, '
     said += f'{found["memory_mb"]["ours"]:,.0f} MB'
@@ -381,9 +372,7 @@ def time_to_loss(check: Check) -> str:
             'data/shakespeare_char is not prepared: prepare it, or give the text with --input'
         )
     config = measured(check, mode='loss', input='' if prepared else check.config.input)
-    found = {
-        name: sides['ours'] for name, sides in figures(bench.measure_loss, config, check).items()
-    }
+    found = {name: sides['ours'] for name, sides in figures(check, config).items()}
     target = 1.4697 if check.device.type == 'cuda' else 1.88
     said = f'{found["train_s"]:.1f} s of training to {found["val_loss"]:.4f} '
     said += f'(whole command {found["wall_s"]:.0f} s, again {found["warm_wall_s"]:.0f} s)'
@@ -400,11 +389,8 @@ def decoding_speed(check: Check, compiled: bool = False, quantize: Any = None) -
             if check.device.type == 'cuda'
             else 'generation is compiled on CUDA only'
         )
-    config = measured(check, mode='sample', compile=compiled, quantize=quantize)
-    found = {
-        name: sides['ours']
-        for name, sides in figures(bench.measure_sample, config, check, 200).items()
-    }
+    config = measured(check, mode='sample', compile=compiled, quantize=quantize, tokens=200)
+    found = {name: sides['ours'] for name, sides in figures(check, config).items()}
     speed, share = found['tokens_per_s'], found['share_of_bandwidth']
     return f'{size_name(check)}: {speed:,.0f} tokens/s, {100 * share:.0f}% of the memory bandwidth'
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bench import Table
+from lyregpt.measure import Table
 from tests.conftest import script
 
 
@@ -44,9 +44,9 @@ def test_memory_by_parts(tmp_path):
 
 def test_a_noisy_machine_is_told(capsys):
     speeds = iter([100e9, 100e9, 40e9, 100e9])
-    table = Table(lambda: next(speeds))
+    table = Table(lambda: next(speeds), rounds=2)
     seconds = iter([1.0, 2.0, 1.0, 1.0])
-    table.measure('run', 2, lambda: {'wall_s': next(seconds)}, lambda: {'wall_s': next(seconds)})
+    table.measure('run', lambda: {'wall_s': next(seconds)}, lambda: {'wall_s': next(seconds)})
     table.show()
     told = capsys.readouterr().out
     assert (
@@ -54,8 +54,8 @@ def test_a_noisy_machine_is_told(capsys):
         and 'the pairs differ by more than half' in told
     )
     assert '0.75' in told, 'the median of the ratios 0.5 and 1'
-    quiet = Table(lambda: 1e9)
-    quiet.measure('run', 2, lambda: {'wall_s': 1.0}, lambda: {'wall_s': 2.0})
+    quiet = Table(lambda: 1e9, rounds=2)
+    quiet.measure('run', lambda: {'wall_s': 1.0}, lambda: {'wall_s': 2.0})
     quiet.show()
     assert 'too noisy' not in capsys.readouterr().out
 

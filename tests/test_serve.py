@@ -15,8 +15,8 @@ import pytest
 import requests
 import torch
 
-import bench
 from lyregpt import checkpoint, originality
+from lyregpt.load_test import load_test
 from lyregpt.quantize import quantize_model
 from tests.conftest import ROOT, script
 
@@ -314,19 +314,13 @@ def test_sixty_four_clients_for_a_minute(trained):
     with serving(trained) as address:
         port = int(address.rsplit(':', 1)[1])
         alone = [complete(address, **fields).json()['choices'][0]['text'] for fields in ask]
-        asyncio.run(bench.load(port, ask, alone, 15))  # until every buffer has its size
-        pid = int(
-            subprocess.run(
-                ['pgrep', '-f', f'lyregpt/serve.py --out_dir={trained}'],
-                capture_output=True,
-                text=True,
-            ).stdout.split()[0]
-        )
-        before = bench.resident(pid)
-        figures = asyncio.run(bench.load(port, ask, alone, 60))
-        print(figures, bench.resident(pid) - before)
+        words = ['pgrep', '-f', f'lyregpt serve --out_dir={trained}']
+        pid = int(subprocess.run(words, capture_output=True, text=True).stdout.split()[0])
+        asyncio.run(load_test(pid, port, ask, alone, 15))  # until every buffer has its size
+        figures = asyncio.run(load_test(pid, port, ask, alone, 60))
+        print(figures)
         assert figures['failed'] == figures['unlike_alone'] == 0 and figures['answers'] > 64
-        assert figures['slowest_client_share'] > 0.5 and bench.resident(pid) - before < 20
+        assert figures['slowest_client_share'] > 0.5 and figures['server_grew_mb'] < 20
 
 
 # -----------------------------------------------------------------------------
