@@ -25,11 +25,11 @@ from lyregpt.pretrained import EXACTLY, QWEN3_SHAPE, hf_names, hf_rows, is_trans
 from lyregpt.tokenizer import EOT, Tokenizer, bytes_to_unicode
 from model import PRESETS, GPTConfig
 
-# The dtypes of torch, and their names in GGUF
+# The dtypes of torch, and GGUF's names for those of tensors and files
 DTYPES = {
-    'float32': (torch.float32, 'F32'),
-    'bfloat16': (torch.bfloat16, 'BF16'),
-    'float16': (torch.float16, 'F16'),
+    'float32': (torch.float32, 'F32', 'ALL_F32'),
+    'bfloat16': (torch.bfloat16, 'BF16', 'MOSTLY_BF16'),
+    'float16': (torch.float16, 'F16', 'MOSTLY_F16'),
 }
 
 
@@ -182,11 +182,10 @@ def write_gguf(
     import gguf
 
     kind, matrices = hf['model_type'], gguf.GGMLQuantizationType[DTYPES[dtype][1]]
-    file_type = 'ALL_F32' if dtype == 'float32' else f'MOSTLY_{matrices.name}'
     tokens, types, merges, eot = gguf_vocabulary(tokenizer)
     fields = {
         'name': name,
-        'file_type': gguf.LlamaFileType[file_type],
+        'file_type': gguf.LlamaFileType[DTYPES[dtype][2]],
         'context_length': config.block_size,
         'embedding_length': config.n_embd,
         'block_count': config.n_layer,
@@ -364,6 +363,9 @@ Ollama, with this `Modelfile`, then `ollama create {lower_name} -f Modelfile` an
 LM Studio: `lms import {name}.gguf`, then a plain text completion without a chat template."""
 
 
+FORMATS = {'hf': ('transformers', TRANSFORMERS), 'gguf': ('gguf', LLAMA_CPP)}
+
+
 def number(value: Any) -> float:
     """The value, or 0 if it is not a number: a foreign checkpoint may hold anything."""
     try:
@@ -382,7 +384,7 @@ def card(
     tokenizer: Tokenizer,
 ) -> str:
     """Return the model's README.md; what only its owner knows is marked FILL IN."""
-    gguf = config.format == 'gguf'
+    library, use = FORMATS[config.format]
     trained, meta = state.get('config', {}), state.get('meta', {})
     start = str(meta.get('began_from') or trained.get('init_from') or '').removeprefix('auto:')
     unknown = start in ('', 'scratch', 'resume', 'auto')  # resume hides where the run began
@@ -402,15 +404,13 @@ def card(
     }
     dataset = os.path.basename(os.path.normpath(str(trained.get('dataset') or ''))).strip('.')
     return CARD.format(
-        library='gguf' if gguf else 'transformers',
+        library=library,
         name=name,
         facts='\n'.join(f'| {key} | {value} |' for key, value in facts.items() if value),
         dataset=dataset or 'FILL IN: its name',
         splits=describe_splits(meta),
-        use=(LLAMA_CPP if gguf else TRANSFORMERS).format(
-            name=name, lower_name=name.lower(), context=c.block_size
-        ),
-        limits='\n\n'.join(limits(c.block_size, start == 'scratch', tokenizer if gguf else None)),
+        use=use.format(name=name, lower_name=name.lower(), context=c.block_size),
+        limits='\n\n'.join(limits(config.format, tokenizer, c.block_size, start == 'scratch')),
     )
 
 
@@ -437,8 +437,8 @@ def describe_splits(meta: dict[str, Any]) -> str:
     return ''.join(rows) if len(rows) > 1 else ''
 
 
-def limits(context: int, from_scratch: bool, gguf_tokenizer: Tokenizer | None) -> list[str]:
-    """Return paragraphs on what the model cannot do; `gguf_tokenizer` is a GGUF file's."""
+def limits(form: str, tokenizer: Tokenizer, context: int, from_scratch: bool) -> list[str]:
+    """Return paragraphs on what the model, written as `form`, cannot do."""
     alone = 'It knows the words and the style of its data alone. ' if from_scratch else ''
     notes = [
         f'{alone}It sees no more than {context:,} tokens at a time. It continues texts; it does '
@@ -446,11 +446,11 @@ def limits(context: int, from_scratch: bool, gguf_tokenizer: Tokenizer | None) -
         'word, and what it says is not checked.',
         'FILL IN: what it was tried for, and what it must not be used for.',
     ]
-    if gguf_tokenizer is None:
+    if form != 'gguf':
         return notes
     changes = {
-        'in lower case': gguf_tokenizer.lowercase,
-        'without runs of blanks and of empty lines': gguf_tokenizer.squeeze,
+        'in lower case': tokenizer.lowercase,
+        'without runs of blanks and of empty lines': tokenizer.squeeze,
     }
     what = ' and '.join(text for text, applied in changes.items() if applied)
     if what:
@@ -458,9 +458,9 @@ def limits(context: int, from_scratch: bool, gguf_tokenizer: Tokenizer | None) -
             f'It was trained on text {what}. GGUF cannot express that: write prompts that way '
             'yourself.'
         )
-    if gguf_tokenizer.kind == 'char':
+    if tokenizer.kind == 'char':
         notes.append('llama.cpp silently drops characters that it does not know from a prompt.')
-    if gguf_tokenizer.eot is None:
+    if tokenizer.eot is None:
         notes.append(
             'Its data has no document ends, but llama.cpp must have one: a spare token that was '
             'never trained; `--ignore-eos` never generates it.'
@@ -475,13 +475,17 @@ def export(config: ExportConfig) -> str:
     """Write what `config` asks for, completely or not at all; returns where. Raises UserError."""
     # Where it goes
     gguf = config.format == 'gguf'
-    folder = os.path.dirname(config.out_dir) if os.path.isfile(config.out_dir) else config.out_dir
+    folder = config.out_dir
+    if os.path.isfile(folder):
+        folder = os.path.dirname(folder)
     name = os.path.basename(os.path.abspath(folder)).removeprefix('out-')
-    to = os.path.normpath(config.to or (f'export-{name}.gguf' if gguf else f'export-{name}'))
-    stem, suffix = os.path.splitext(to)
-    if gguf and suffix != '.gguf':
+    suffix = '.gguf' if gguf else ''
+    to = os.path.normpath(config.to or f'export-{name}{suffix}')
+    stem = to.removesuffix(suffix)
+    if not to.endswith(suffix):
         raise UserError(f'to={config.to}: expected the name of a file that ends in .gguf')
-    for target in [to, f'{stem}.md'] if gguf else [to]:
+    readme = f'{stem}.md' if gguf else os.path.join(to, 'README.md')
+    for target in (to, readme):
         free = not gguf and os.path.isdir(target) and not os.listdir(target)
         if os.path.lexists(target) and not free:
             raise UserError(
@@ -503,14 +507,14 @@ def export(config: ExportConfig) -> str:
         raise UserError(f'{path}: {error}') from None
 
     # Everything is written to a temporary folder first.
-    name, part = os.path.basename(stem if gguf else to), f'{to}.tmp'
+    name, part = os.path.basename(stem), f'{to}.tmp'
     n_params = sum(w.numel() for w in weights.values())
     text = card(config, name, 'best' in os.path.basename(path), state, hf, n_params, tokenizer)
     checkpoint.remove(part)
     os.makedirs(part)
     try:
-        readme = os.path.join(part, f'{name}.md' if gguf else 'README.md')
-        with open(readme, 'w', encoding='utf-8') as f:
+        part_readme = os.path.join(part, os.path.basename(readme))
+        with open(part_readme, 'w', encoding='utf-8') as f:
             f.write(text)
         if gguf:
             file = os.path.join(part, f'{name}.gguf')
@@ -523,7 +527,7 @@ def export(config: ExportConfig) -> str:
         if gguf:
             os.replace(file, to)
             try:
-                os.replace(readme, f'{stem}.md')
+                os.replace(part_readme, readme)
             except OSError:
                 checkpoint.remove(to)  # both or neither: the next try must not find it
                 raise
@@ -536,10 +540,9 @@ def export(config: ExportConfig) -> str:
         raise UserError(f'{to}: could not be written, is the disk full? ({reason})') from None
     finally:
         checkpoint.remove(part)
-    fill_in = f'{stem}.md' if gguf else f'{to}/README.md'
     print(
         f'{path} → {to}: {hf["architectures"][0]}, {n_params:,} parameters, {config.dtype}; '
-        f'now fill in {fill_in}'
+        f'now fill in {readme}'
     )
     return to
 

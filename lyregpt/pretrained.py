@@ -111,7 +111,9 @@ def from_pretrained(source: str, dropout: float = 0.0) -> GPT:
                 raise ValueError(f'{where}: lacks {hf_name}')
             found, read = weights.pop(hf_name)
             expected = (rows, *p.shape[1:])
-            if found != (expected[::-1] if is_transposed(name, kind) else expected):
+            if is_transposed(name, kind):
+                expected = expected[::-1]
+            if found != expected:
                 raise ValueError(
                     f'{where}: {hf_name} is {found}, which does not fit the model of this '
                     'config.json'
@@ -127,7 +129,9 @@ def from_pretrained(source: str, dropout: float = 0.0) -> GPT:
     state = model.state_dict()
     for name, parts in readers.items():
         value = torch.cat([read() for read in parts])
-        state[name].copy_(value.t() if is_transposed(name, kind) else value)
+        if is_transposed(name, kind):
+            value = value.t()
+        state[name].copy_(value)
     return model
 
 
