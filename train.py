@@ -1,8 +1,8 @@
 """Train a GPT.
 
     python train.py config/train_darklyrics.py
-    python train.py config/train_darklyrics.py --init_from=resume            (continue a stopped run)
-    torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2.py   (several processes)
+    python train.py config/train_darklyrics.py --init_from=resume           (continue a run)
+    torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2.py  (several processes)
 
 Batches and dropout masks are functions of (seed, step), so there is no data-loader or RNG state to
 save, and a resumed run takes exactly the steps that an uninterrupted run takes.
@@ -29,6 +29,7 @@ from lyregpt.batches import TrainingBatches
 from lyregpt.dataset import Split
 from lyregpt.device import keep_freed_memory, pick_dtype
 from lyregpt.distributed import Distributed, gradient_sync, lost_contact
+from lyregpt.generate import document_end
 from lyregpt.logger import Logger, out_of_memory
 from lyregpt.optim import Optimizers
 from lyregpt.originality import Index
@@ -198,7 +199,7 @@ class RunState:
 
     @classmethod
     def at_start(cls, start: Start, optimizers: Optimizers) -> 'RunState':
-        """A new state, or a resumed run's; loads the optimizers' states, and frees the checkpoint."""
+        """A new state, or a resumed run's, with the optimizers' states loaded; frees the checkpoint."""
         saved, start.state = start.state, {}
         if not start.resumes:
             return cls()
@@ -319,7 +320,7 @@ class Evaluator:
         return float(total[0] / total[1])
 
 
-class Sampler:
+class LogSampler:
     """Generates a sample for the log at evaluations, every `sample_interval` steps."""
 
     def __init__(self, start: Start, model: GPT, log: Logger) -> None:
@@ -357,19 +358,16 @@ def generate_sample(
     """
     if isinstance(tokenizer, CharTokenizer):
         prompt = ''.join(c for c in prompt if c in tokenizer.chars)
-    end = [] if tokenizer.eot is None else [tokenizer.eot]
-    ids = []
-    for token in model.generate(
+    end = document_end(tokenizer)
+    stream = model.generate(
         [end + tokenizer.encode(prompt) or [0]],
         tokens,
         temperature=0.8,
         vocab_size=tokenizer.vocab_size,
         stop_tokens=end,
-    ):
-        ids.append(int(token))
-    if ids[-1:] == end:
-        ids.pop()
-    return prompt, tokenizer.decode(ids)
+    )
+    ids = [int(token) for token in stream]
+    return prompt, tokenizer.decode([token for token in ids if token not in end])
 
 
 def pick_precision(
@@ -422,7 +420,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     log.start(start, state.step, batches, evaluator, dtype, compiler)
     if config.eval_only:
         return evaluate_only(state, evaluator, batches, log)
-    sampler = Sampler(start, model, log)
+    sampler = LogSampler(start, model, log)
     saver = Saver(config, start, state, log, model, optimizers, batches)
     schedule = Schedule(config, state, distributed, evaluator.seconds)
 

@@ -1,4 +1,4 @@
-"""Logging of a training run: console, train.log, metrics.csv, config.json, run.json, wandb, TensorBoard.
+"""Logging of a training run: console, files in out_dir, wandb and TensorBoard.
 
 Every message of the training is formatted here.
 """
@@ -34,6 +34,7 @@ RUN_FILES = (
     *('ckpt.prev.pt', 'ckpt.prev', 'ckpt.pt', 'ckpt', 'best.pt', 'best', 'best.prev'),
     *('metrics.csv', 'train.log', 'config.json', 'run.json', 'tokenizer.json', 'report.html'),
 )
+COMMANDS = {'train.py': ['python', 'train.py'], 'lyregpt train': ['lyregpt', 'train']}
 FINGERPRINT_TOKENS = 1 << 16  # of each validation shard: runs on the same data can be compared
 OVERFITTING_EVALS = 3  # evaluations without improvement after which overfitting is pointed out
 
@@ -52,9 +53,7 @@ class Logger:
         self.seconds = {'evaluation': 0.0, 'saving': 0.0, 'samples': 0.0}
         self.began = time.perf_counter()
         self.first_step_at = 0.0  # when the first step was complete (time.time)
-        self.last_log = (
-            time.perf_counter()
-        )  # the last evaluation or log line, for tokens per second
+        self.last_log = self.began  # the last evaluation or log line
         self.train_loss = math.nan
         self.pointed_out_overfitting = False
         self.bytes_per_token: float | None = None
@@ -237,9 +236,8 @@ class Logger:
         self.peak_flops = matmul_ceiling(self.device, dtype)
         if not self.is_open:
             return
-        command = ''
-        if os.path.basename(sys.argv[0]) == 'train.py':
-            command = shlex.join(['python', *sys.argv])
+        program = COMMANDS.get(os.path.basename(sys.argv[0]))
+        command = shlex.join([*program, *sys.argv[1:]]) if program else ''
         fields = dataclasses.fields(config)
         splits = read_meta(folder).get('splits', {})
         self.note(
@@ -376,7 +374,7 @@ class Logger:
     def training(
         self, state: Any, losses: torch.Tensor, lr: float, grad_norm: Any, schedule: Any
     ) -> None:
-        """Log the mean of the losses (n,) of the last n steps, and the speed since the last line."""
+        """Log the mean of the losses (n,) of the last n steps, and the speed since then."""
         now = time.perf_counter()
         seconds = now - self.last_log
         self.last_log = now
@@ -404,9 +402,8 @@ class Logger:
         elif state.step % (10 * config.log_interval) == 0 or state.step <= 10 * config.log_interval:
             total = '' if config.max_minutes else f'/{config.max_iters:,}'
             left = clock(schedule.seconds_left(state, seconds / len(losses)))
-            self.say(
-                f'step {state.step:,}{total}: {line}, {100 * mfu:.0f}% of measured peak, {left} left'
-            )
+            line += f', {100 * mfu:.0f}% of measured peak, {left} left'
+            self.say(f'step {state.step:,}{total}: {line}')
 
     def costs(self, model: GPT, optimizers: Any, step: int, **facts: Any) -> None:
         """Put time and memory into run.json, and other facts with them."""
@@ -479,7 +476,7 @@ def start_metrics(path: str, step: int) -> None:
 
 
 def fingerprint(split: Split) -> str:
-    """A hash of the beginning of each shard, to see whether two runs have the same validation data."""
+    """A hash of the beginning of each shard: have two runs the same validation data?"""
     digest = hashlib.sha256()
     for shard in split.shards:
         digest.update(shard.read(0, min(len(shard), FINGERPRINT_TOKENS)).tobytes())
@@ -505,7 +502,7 @@ def clock(seconds: float) -> str:
 
 
 def archive_run(out_dir: str) -> str:
-    """Move an earlier run's files to out_dir/earlier (earlier-2 ...); returns where, '' without one.
+    """Move an earlier run's files to out_dir/earlier, or earlier-2 ...; '' if there are none.
 
     So starting anew by mistake loses nothing. The previous checkpoint goes first and ckpt.pt next:
     killed at any instant, what is left is the complete old run, or nothing to resume.
@@ -538,21 +535,14 @@ def out_of_memory(error: RuntimeError, config: Any) -> UserError | None:
     if not isinstance(error, torch.OutOfMemoryError) and not any(p in text for p in phrases):
         return None
     wanted = re.search(r'ried to allocate ([\d.]+ [KMG]?i?B|\d+ bytes)', text)
-    free = re.search(r'of which ([\d.]+ [KMG]?i?B) is free', text)
-    line = 'out of memory'
-    if wanted and free:
-        line += f' ({wanted[1]} more wanted, {free[1]} free)'
-    elif wanted:
-        line += f' ({wanted[1]} more wanted)'
-    ways = []
+    line = f'out of memory ({wanted[1]} more wanted): ' if wanted else 'out of memory: '
     if config.batch_size not in ('auto', 1):
         sequences = config.gradient_accumulation_steps * config.batch_size
-        ways.append(
+        line += (
             f'batch_size is {config.batch_size}; --batch_size=auto '
             f'--gradient_accumulation_steps={sequences} takes the same steps with as many '
-            'sequences at once as fit'
+            'sequences at once as fit; '
         )
     if not config.remat:
-        ways.append('--remat=True needs less for a quarter more time')
-    ways.append('or use a shorter block_size or a smaller model')
-    return UserError(f'{line}: {"; ".join(ways)}')
+        line += '--remat=True needs less for a quarter more time; '
+    return UserError(line + 'or use a shorter block_size or a smaller model')

@@ -24,8 +24,8 @@ BEST_KEYS = ('model', 'model_args', 'iter_num', 'best_val_loss', 'config', 'toke
 class Saver:
     """Writes checkpoints and remembers what is on disk.
 
-    A full disk does not end a long run: the last good files stay, and the next `save` tries again. With FSDP
-    the checkpoints are folders, to which every process writes its part.
+    A full disk does not end a long run: the last good files stay, and the next `save` tries again.
+    With FSDP the checkpoints are folders, to which every process writes its part.
     """
 
     def __init__(

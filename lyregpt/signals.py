@@ -1,4 +1,4 @@
-"""Signals during training: Ctrl-C, SIGTERM and a closed terminal stop it, SIGUSR1 saves a checkpoint."""
+"""Signals: Ctrl-C, SIGTERM and a closed terminal stop a training, SIGUSR1 saves a checkpoint."""
 
 import os
 import signal

@@ -274,7 +274,7 @@ def build_model(start: Start) -> GPT:
 
 
 def crop(model: GPT, start: Start) -> None:
-    """Cut the context to the block_size that the user sets. Raises ValueError if it cannot be cut."""
+    """Cut the context to the block_size that the user sets. Raises ValueError if it cannot be."""
     config = start.config
     if 'block_size' not in given(config) or config.block_size >= model.config.block_size:
         return

@@ -1,4 +1,4 @@
-"""Trial passes before training: is compiled code right, how many sequences fit, how long is an evaluation."""
+"""Trial passes before training: is compiled code right, what fits, how long is an evaluation?"""
 
 import time
 from typing import Any

@@ -21,7 +21,7 @@ from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 from sample import SampleConfig, load, print_samples
 from tests.conftest import DEMO, gpt2, script, tiny
-from train import train, write_sample
+from train import generate_sample, train
 
 LINES = [  # made up; every kind of letter, apostrophe and repetition
     "La la la, the rain don't fall on the Räuber's café",
@@ -548,10 +548,10 @@ def test_samples_of_training_end_with_the_document(tmp_path):
                 if token in stop_tokens:
                     break
 
-    told = write_sample(Model(), tokenizer, 'the r\ua000a', index=index)
-    assert (
-        told
-        == '--- sample of 1 line\nthe rain in sp\n--- originality: 3 words in a row from "document 1: the rain in spain falls…" ("the rain in")'
+    prompt, text = generate_sample(Model(), tokenizer, 'the r\ua000a')
+    assert prompt + text == 'the rain in sp'
+    assert str(index.compare(prompt + text, since=len(prompt))) == (
+        'originality: 3 words in a row from "document 1: the rain in spain falls…" ("the rain in")'
     )
 
 
