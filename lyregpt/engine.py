@@ -301,7 +301,7 @@ class Engine:
         self.emit(request, text, finish)
 
     def emit(self, request: Request, text: str, finish: str) -> None:
-        """Add what is final to the step's events: no stop text, nor what may be the start of one."""
+        """Add what is final to the events: no stop text, nor what may be the start of one."""
         request.held += text
         found = [request.held.find(stop) for stop in request.stop if stop in request.held]
         if found:
@@ -327,7 +327,7 @@ class Engine:
     def report(
         self, request: Request, token: int, offset: int, logprobs: torch.Tensor | None
     ) -> dict[str, Any]:
-        """A token's log probability, before temperature and the like, and those of the likeliest."""
+        """A token's log probability, before temperature and so on, and the likeliest tokens'."""
         text = self.token_text(token)
         report: dict[str, Any] = {'token': text, 'offset': offset, 'logprob': None, 'top': None}
         if logprobs is not None:
@@ -348,7 +348,7 @@ class Engine:
             return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw)
 
     def report_prompt(self, request: Request, ids: list[int], start: int, x: torch.Tensor) -> None:
-        """Report the tokens, among the last `score`, that x (1, T, C), from `start` on, predicts."""
+        """Report which of the last `score` tokens x (1, T, C), from `start` on, predicts."""
         logprobs = self.limit(self.model.lm_head(x[0])).log_softmax(dim=-1)
         first = max(len(ids) - request.score, start + 1 if start else 0)
         offset = len(request.echo) - len(self.tokenizer.decode(ids[first:]))
