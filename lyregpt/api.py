@@ -281,8 +281,9 @@ def data_of(about: dict[str, Any], out_dir: str) -> str:
     """
     name = os.path.basename(about.get('config', {}).get('dataset', ''))
     folders = (out_dir, os.path.dirname(os.path.abspath(out_dir)))
-    found = [os.path.join(f, name) for f in folders if os.path.isdir(os.path.join(f, name))]
-    return found[0] if found and re.fullmatch('data-[0-9a-f]{12}', name) else ''
+    if re.fullmatch('data-[0-9a-f]{12}', name):
+        return next(filter(os.path.isdir, (os.path.join(f, name) for f in folders)), '')
+    return ''
 
 
 def prepare(

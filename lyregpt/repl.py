@@ -82,7 +82,9 @@ class Session:
         self.tokens: Iterator[int] | None = None  # the rest of it; None: read it again first
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb_terminal()
         commands = {name: meaning for name, (_, meaning) in COMMANDS.items()}
-        self.editor = line_editor(commands | self.help, self.types) if self.on_terminal else None
+        self.editor = None
+        if self.on_terminal:
+            self.editor = line_editor(commands | self.help, self.types)
 
     def run(self) -> None:
         """Read and execute lines until there are no more."""
@@ -178,7 +180,9 @@ class Session:
         """The ids that continue the prompt until the model ends the document; advances the seed."""
         # There max_new_tokens is only a pause: a text that was resumed equals one without a pause.
         config = replace(self.config, max_new_tokens=sys.maxsize)
-        index = self.index if config.avoid_copying else None
+        index = None
+        if config.avoid_copying:
+            index = self.index
         steps = generate(self.loaded, config, prompt, ids, index)
         self.config = replace(self.config, seed=config.seed + 1)
         return itertools.takewhile(lambda token: token >= 0, (tokens[0] for tokens in steps))
@@ -206,8 +210,8 @@ class Session:
         if text.ended:
             text.add(None)  # after a pause within a character, /more completes it
             how = 'the document ended'
-        line_end = '' if text.text.endswith('\n') else '\n'
-        print(line_end, end='\n' if self.on_terminal else '', flush=True)
+        line_ends = self.on_terminal + (not text.text.endswith('\n'))
+        print('\n' * line_ends, end='', flush=True)
         seeds = ' + '.join(map(str, text.seeds))
         self.say(f'{how}; {text.tokens:,} tokens, {rate:,.0f} tokens/s, seed {seeds}')
         if self.config.originality:
