@@ -1,6 +1,7 @@
-"""What llama.cpp makes of a GGUF file: `python tests/llama_check.py FILE N PROMPT…` prints one JSON object a prompt.
+"""Run a GGUF file with llama.cpp: python tests/llama_check.py FILE N PROMPT…
 
-Run by tests/test_export.py with the Python of $LLAMA_PYTHON, which has llama-cpp-python; imports nothing of ours.
+Prints one JSON object per prompt. tests/test_export.py runs it with the Python of $LLAMA_PYTHON,
+which has llama-cpp-python; it imports nothing of ours.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The Python API, as a notebook uses it: in this process, in a fresh one from another directory, and beside sample.py."""
+"""The Python API: in this process, in a fresh one elsewhere, and beside sample.py."""
 
 import json
 import math
@@ -57,14 +57,15 @@ lyregpt.train(texts, out_dir='out-mine', max_iters=10, n_layer=1)
 model = lyregpt.load('out-mine')
 assert model.decode(model.encode('The lantern')) == 'The lantern'
 one = model.generate('The lantern', max_new_tokens=30, temperature=0.9, top_k=50, seed=5)
-two = model.generate('The lantern', num_samples=2, max_new_tokens=30, temperature=0.9, top_k=50, seed=5)
-assert one == two[0] == ''.join(model.stream('The lantern', max_new_tokens=30, temperature=0.9, top_k=50, seed=5))
+options = dict(max_new_tokens=30, temperature=0.9, top_k=50, seed=5)
+two = model.generate('The lantern', num_samples=2, **options)
+assert one == two[0] == ''.join(model.stream('The lantern', **options))
 json.dump(two, open('two.json', 'w', encoding='utf-8'))
 """
 
 
 def test_ten_lines_in_a_fresh_process_elsewhere(tmp_path):
-    """They run from any directory, leave nothing but out_dir there, and write what sample.py writes."""
+    """They run anywhere, leave only out_dir there, and generate what sample.py generates."""
     done = script('-c', TEN_LINES, cwd=tmp_path, PYTHONPATH=ROOT)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ['out-mine', 'two.json']
@@ -147,7 +148,7 @@ def test_loss(model, out):
 
 
 def test_twice_in_one_process_and_resume(tmp_path, model):
-    """The same texts and seed give the same weights, in one go or in two; a new run puts the old one aside."""
+    """Resuming gives the same weights; a new run moves the old one aside."""
     whole = checkpoint.load(os.path.join(model.config.out_dir, 'ckpt.pt'))['model']
     lyregpt.train(SONGS, tmp_path / 'a', max_iters=5, seed=7, **QUICK)
     lyregpt.train(SONGS, tmp_path / 'a', max_iters=10, **QUICK)
@@ -205,7 +206,7 @@ def test_a_stream_that_ends_within_a_character(model):
 
 
 def test_an_interrupt_keeps_the_checkpoint(tmp_path):
-    """A notebook's interrupt is SIGINT in the main thread: KeyboardInterrupt as anywhere in Python, no SystemExit, and the state is saved."""
+    """SIGINT, a notebook's interrupt, raises KeyboardInterrupt, and the state is saved."""
 
     def interrupt():
         metrics = tmp_path / 'out' / 'metrics.csv'
@@ -262,7 +263,7 @@ def test_sizes_grow_with_the_text():
 
 
 def test_texts_from_files_and_tuning(tmp_path, model, out):
-    """A folder of files; a model trained further on them keeps its tokenizer and starts better than chance."""
+    """A model trained further on a folder of files keeps its tokenizer."""
     (tmp_path / 'words').mkdir()
     (tmp_path / 'words' / 'a.txt').write_text(SONGS[3], encoding='utf-8')
     (tmp_path / 'words' / 'b.jsonl').write_text(

@@ -1,4 +1,4 @@
-"""lyregpt/export.py against those who load what it writes (transformers, gguf, llama.cpp), and the way back into ours."""
+"""Exports against the libraries that load them (transformers, gguf, llama.cpp), and ours."""
 
 import json
 import os
@@ -51,7 +51,7 @@ KNOWN = "a bcdefghijklmnopqrstuvwxyzTR\n\t'.<|>äöüéς日🦇"
 
 
 def random_checkpoint(folder, tokenizer, **changes):
-    """A checkpoint of a small model whose every weight is random, its vocabulary padded; returns (out_dir, model)."""
+    """A small random model with a padded vocabulary; returns (out_dir, model)."""
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size + 7)
     model = GPT(GPTConfig(**shape | changes)).eval()
@@ -195,7 +195,7 @@ def test_gpt2s_merges_give_tiktokens_tokens(demo_text):
 
 
 def test_foreign_tokenizers(tmp_path):
-    """One of Qwen's kind: other splitting, NFC, special and added tokens behind the rest, a document end of another name."""
+    """Like Qwen's: other splitting, NFC, added tokens after the rest, another document end."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -335,7 +335,8 @@ def test_a_dataset_of_other_tokens_is_refused(tmp_path, chars, tokenizers):
     folder, _ = exported(tmp_path, tokenizers['bpe'], **SHAPES['modern'])
     with pytest.raises(
         UserError,
-        match=r'char tokens, which are not those of .*x: prepare it with --tokenizer=.*x/tokenizer.json',
+        match='char tokens, which are not those of .*x: '
+        'prepare it with --tokenizer=.*x/tokenizer.json',
     ):
         train(tiny(chars, tmp_path / 'out', f'--init_from={folder}', '--n_layer=2'))
 
@@ -550,7 +551,7 @@ def test_half_as_large(tmp_path, tokenizers, dtype, size):
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('kind', ['bpe', 'gpt2', 'char', 'no_end'])
 def test_llama_cpp_writes_the_same(tmp_path, tokenizers, shape, kind):
-    """LLAMA_PYTHON=…/bin/python python -m pytest -m long tests/test_export.py -k llama: a Python that has llama-cpp-python."""
+    """Run with LLAMA_PYTHON=…/bin/python, a Python that has llama-cpp-python."""
     python = os.environ.get('LLAMA_PYTHON', sys.executable)
     if subprocess.run([python, '-c', 'import llama_cpp'], capture_output=True).returncode:
         pytest.skip(
@@ -558,7 +559,8 @@ def test_llama_cpp_writes_the_same(tmp_path, tokenizers, shape, kind):
         )
     tokenizer = tokenizers[kind]
     path, model = exported(tmp_path, tokenizer, '--format=gguf', **SHAPES[shape])
-    prompts = [tokenizer.normalize(t) for t in ('the rain', "don't stop\n\nnow", ' äöü 日🦇 ...')]
+    texts = 'the rain', "don't stop\n\nnow", ' äöü 日🦇 ...'
+    prompts = [tokenizer.normalize(text) for text in texts]
     done = subprocess.run(
         [python, str(ROOT / 'tests' / 'llama_check.py'), path, '30', *prompts],
         capture_output=True,

@@ -42,7 +42,7 @@ class Recited:
 
 @pytest.fixture
 def talk(model, monkeypatch, capsys, tmp_path):
-    """Type lines at a session in a folder of its own; gives the session, its texts and what else it said."""
+    """Type lines at a session; returns it, its texts and what else it printed."""
 
     def talk(lines, *words, tokenizer=model.tokenizer, ids=None):
         monkeypatch.chdir(tmp_path)
