@@ -1,17 +1,20 @@
-"""Is a generated line new? Every run of words that a text shares with the training split, found exactly.
+"""Originality: the runs of words that a text shares with the training split, found exactly.
 
-    python -m lyregpt originality --dataset=darklyrics                               (builds the index; the others do so when they need it)
+    python -m lyregpt originality --dataset=darklyrics       # builds the index, as other uses do
     python -m lyregpt originality --dataset=darklyrics --text="the rain came down"
     python -m lyregpt originality --dataset=darklyrics --file=my_song.txt
 
-A word is a run of letters and digits with the marks on them and inner apostrophes, casefolded, ’ taken as ', é the same in one
-character or two. Line breaks and punctuation do not matter. Scripts without blanks between words (Chinese, Japanese, Thai) are not
-cut: what stands between two blanks or stops there is one word, so that copying is found in whole phrases only. Lines that begin
-`Artist:`, `Album:`, `Year:` or `Title:` are a song's head and hold no words. No run crosses documents.
+A word is a run of letters and digits with their combining marks and inner apostrophes. Words are
+compared casefolded, with ’ as ' and in one normalization form. Line breaks and punctuation do not
+matter. Text without spaces between words (Chinese, Japanese, Thai) is not segmented: what stands
+between two spaces or punctuation marks is one word, so only copies of whole phrases are found.
+Lines that begin with `Artist:`, `Album:`, `Year:` or `Title:` are a song header and contain no
+words. No run crosses the end of a document.
 """
 
 import bisect
 import codecs
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import unicodedata
 from array import array
@@ -32,8 +36,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure
 from lyregpt.dataset import TokenFile, folder_of, read_tokenizer, token_files
+from lyregpt.text import atomic_write, read_pieces
 from lyregpt.tokenizer import Tokenizer
 
 MARKS = re.compile(
@@ -45,79 +50,64 @@ MARKS = re.compile(
     )
     + ']+'
 )
-WORD = re.compile(
-    rf"[^\W_]+(?:['’][^\W_]+|(?=[^\0-\u02ff]){MARKS.pattern}[^\W_]*)*"
-)  # the glance ahead spares looking most marks up
+# The lookahead avoids most searches for marks.
+WORD = re.compile(rf"[^\W_]+(?:['’][^\W_]+|(?=[^\0-\u02ff]){MARKS.pattern}[^\W_]*)*")
 HEAD = re.compile(r'^(artist|album|year|title):(.*)', re.I | re.M)
-DOCUMENT_END = b'\n\xff\n'  # a byte that UTF-8 never holds
-FORMAT = 2  # of the index; another number, and it is built again
+DOCUMENT_END = b'\n\xff\n'  # UTF-8 never contains this byte
+FORMAT = 2  # of the index: indexes with another number are built again
 
 
 @dataclass
 class OriginalityConfig:
-    """The knobs; the comment behind each is its help. Raises ValueError for a bad one."""
+    """The options; the comment behind each is its help. Raises ValueError for an invalid one."""
 
     dataset: str = 'openwebtext'  # a folder, or a name under data/
-    text: str = ''  # the words to check
-    file: str = ''  # … or a UTF-8 text file of them
+    text: str = ''  # the text to check
+    file: str = ''  # … or a UTF-8 text file with it
     n: int = 5  # report runs of at least so many words
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f'n={self.n}: expected at least 1 word')
         if self.text and self.file:
-            raise ValueError('text and file are both given: one text is checked at a time')
+            raise ValueError('text and file are both given: only one text can be checked')
 
 
 @dataclass
 class Originality:
     """What a text shares with the training split."""
 
-    words: int  # how many were judged
-    longest: int  # words of the longest run that stands there word for word
-    text: str  # that run, as it stands in the text
-    song: (
-        str  # the first document that holds it: "Artist: Title", or "document 17: its first words…"
-    )
-    share: (
-        float | None
-    )  # of the text's runs of n words, those that stand there; None: it has no run of n words
+    words: int  # how many were compared
+    longest: int  # words in the longest run that is in the training split word for word
+    text: str  # that run, as it is in the text
+    song: str  # the first document with it: "Artist: Title", or "document 17: its first words…"
+    share: float | None  # of the text's runs of n words, those in the split; None if it has none
     n: int
-    runs: list[
-        dict[str, Any]
-    ]  # all runs of n words and more that cannot be made longer: start, end (characters), words, song
+    # All runs of n or more words that cannot be extended: start, end (characters), words, song
+    runs: list[dict[str, Any]]
 
     def __str__(self) -> str:
         if not self.words:
-            return 'originality: there are no words in it'
+            return 'originality: the text has no words'
         if not self.longest:
-            return 'originality: not one of its words is in the training split'
-        return (
-            f'originality: {self.longest} word{"s" * (self.longest > 1)} in a row from "{self.song}" ("{brief(self.text, 60)}")'
-            + (
-                ''
-                if self.share is None
-                else f'; {self.share:.0%} of its {self.n}-word runs are in the training split'
-            )
-        )
-
-
-def brief(text: str, most: int) -> str:
-    """The text on one line of `most` characters at most."""
-    words = ' '.join(text.split())
-    return words if len(words) <= most else words[: most - 3] + '...'
+            return 'originality: none of its words is in the training split'
+        quote = textwrap.shorten(self.text, 60, placeholder='...')
+        words = 'word' if self.longest == 1 else 'words'
+        found = f'originality: {self.longest} {words} in a row from "{self.song}" ("{quote}")'
+        if self.share is None:
+            return found
+        return f'{found}; {self.share:.0%} of its {self.n}-word runs are in the training split'
 
 
 def find_words(text: str) -> Iterator[re.Match[str]]:
-    """The words of a text with their places; the lines of its head are passed over."""
+    """The words of a text with their positions; header lines are skipped."""
     return WORD.finditer(HEAD.sub(lambda head: ' ' * len(head[0]), text))
 
 
 def fold(text: str) -> str:
-    """Words as they are compared: equal for all ways to write the same letters."""
-    return unicodedata.normalize(
-        'NFC', unicodedata.normalize('NFD', text).casefold().replace('’', "'")
-    )
+    """Words in the form in which they are compared."""
+    text = unicodedata.normalize('NFD', text).casefold().replace('’', "'")
+    return unicodedata.normalize('NFC', text)
 
 
 # -----------------------------------------------------------------------------
@@ -125,10 +115,11 @@ def fold(text: str) -> str:
 
 
 class Index:
-    """The words of a dataset's training split, as 32-bit ids with a 0 behind each document, and their suffix array, memory-mapped.
+    """The words of a dataset's training split and their suffix array, memory-mapped.
 
-    `document_end` is what a document's end is in a text that the dataset's tokenizer wrote. Raises OSError, ValueError or EOFError if the
-    folder does not hold a whole index.
+    The words are 32-bit ids, with a 0 after each document. `document_end` is the text that ends a
+    document for the dataset's tokenizer. Raises OSError, ValueError or EOFError if the folder does
+    not hold a complete index.
     """
 
     def __init__(self, path: str, document_end: str = ''):
@@ -137,120 +128,104 @@ class Index:
             np.load(os.path.join(path, f'{name}.npy'), mmap_mode='r')
             for name in ('words', 'suffixes', 'starts', 'documents')
         )
-        texts = []
-        for name in 'vocabulary', 'songs':
-            with open(os.path.join(path, f'{name}.txt'), encoding='utf-8') as f:
-                *lines, last = f.read().split('\n')
-                texts.append(lines if not last else [])
-        self.vocabulary, self.songs = ['', *texts[0]], texts[1]
-        if (len(self.suffixes), len(self.starts), len(self.songs)) != (
-            len(self.words),
-            len(self.vocabulary) + 3,
-            len(self.documents),
-        ):
+        self.vocabulary = ['', *read_lines(os.path.join(path, 'vocabulary.txt'))]
+        self.songs = read_lines(os.path.join(path, 'songs.txt'))
+        sizes = (len(self.words), len(self.vocabulary) + 3, len(self.documents))
+        if (len(self.suffixes), len(self.starts), len(self.songs)) != sizes:
             raise ValueError(f'{path}: the files do not belong together')
         self.ids = {word: i for i, word in enumerate(self.vocabulary)}
-        # memoryviews: a number of theirs costs a quarter of numpy's
-        self._bytes, self._suffixes, self._starts = (
-            memoryview(self.words.view(np.uint8)),
-            memoryview(self.suffixes),
-            memoryview(self.starts),
-        )
+        # A memoryview returns a number four times as fast as numpy.
+        self._bytes = memoryview(self.words.view(np.uint8))
+        self._suffixes, self._starts = memoryview(self.suffixes), memoryview(self.starts)
 
     @classmethod
     def open(cls, folder: str) -> 'Index':
-        """The index of the dataset in `folder`, built first if it is not there or the dataset is another one since.
+        """The index of the dataset in `folder`, built if it is missing or the dataset has changed.
 
-        Raises UserError if there is no training split, it is too large, or the index cannot be written.
+        Raises UserError if there is no training split, it is too large, or the index cannot be
+        written.
         """
         files, tokenizer = token_files(folder, 'train'), read_tokenizer(folder)
         stats = [(os.path.basename(file), os.stat(file)) for file in files]
-        key = [
-            FORMAT,
-            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-            tokenizer.state(),
-        ]
-        path = os.path.join(
-            folder,
-            'originality-'
-            + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12],
-        )
-
-        def opened() -> Index | None:
-            try:
-                return cls(path, '' if tokenizer.eot is None else tokenizer.decode([tokenizer.eot]))
-            except (OSError, ValueError, EOFError):  # none, or not whole
-                return None
-
-        if index := opened():
-            return index
-        part = ''
+        sizes = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        key = json.dumps([FORMAT, sizes, tokenizer.state()], sort_keys=True)
+        name = 'originality-' + hashlib.sha256(key.encode()).hexdigest()[:12]
+        path = os.path.join(folder, name)
+        end = '' if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
         try:
-            part = tempfile.mkdtemp(prefix='originality.', suffix='.tmp', dir=folder)
-            new = os.path.join(part, 'index')  # mkdtemp's own folder is closed to others
-            os.mkdir(new)
-            build(files, tokenizer, new)
-            try:
-                os.rename(new, path)
-            except OSError:  # there is one: by somebody who was faster, or not whole
-                if index := opened():
-                    return index
-                shutil.rmtree(path, ignore_errors=True)
-                os.rename(new, path)
+            index = cls.load(path, end)
+            if index is None:
+                with tempfile.TemporaryDirectory('.tmp', 'originality.', folder) as temporary:
+                    new = os.path.join(temporary, 'index')  # other users may read this folder
+                    os.mkdir(new)
+                    build(files, tokenizer, new)
+                    try:
+                        os.rename(new, path)
+                    except OSError:  # another process was faster, or there is a broken index
+                        index = cls.load(path, end)
+                        if index is None:
+                            shutil.rmtree(path, ignore_errors=True)
+                            os.rename(new, path)
+                remove_others(folder, name)
         except OSError as error:
             raise UserError(
-                f'{error.filename or path}: the index of the training split cannot be written: {error.strerror or error}'
+                f'{error.filename or path}: the index of the training split cannot be written: '
+                f'{error.strerror or error}'
             ) from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        remove_others(folder, os.path.basename(path))
-        if index := opened():
-            return index
-        raise UserError(f'{path}: the index of the training split, just written, cannot be read')
+        index = index or cls.load(path, end)
+        if index is None:
+            raise UserError(f'{path}: the new index of the training split cannot be read')
+        return index
+
+    @classmethod
+    def load(cls, path: str, document_end: str) -> 'Index | None':
+        """The index in this folder; None if there is none, or not a complete one."""
+        try:
+            return cls(path, document_end)
+        except (OSError, ValueError, EOFError):
+            return None
 
     def find(self, query: bytes) -> tuple[int, int]:
-        """The places in the suffix array at which the words (32-bit ids, big-endian, not empty) stand: the first and the one behind the last."""
-        first = int.from_bytes(query[:4], 'big')
+        """Where the suffix array has the suffixes that begin with these words: [first, last).
 
-        def begin(at: int) -> bytes:
-            return bytes(self._bytes[4 * at : 4 * at + len(query)])
+        `query` holds at least one word, as 32-bit big-endian ids.
+        """
+        first, size = int.from_bytes(query[:4], 'big'), len(query)
 
-        low = bisect.bisect_left(
-            self._suffixes, query, self._starts[first], self._starts[first + 1], key=begin
-        )
-        return low, bisect.bisect_right(
-            self._suffixes, query, low, self._starts[first + 1], key=begin
-        )
+        def beginning(at: int) -> bytes:
+            return bytes(self._bytes[4 * at : 4 * at + size])
+
+        start, stop = self._starts[first], self._starts[first + 1]
+        low = bisect.bisect_left(self._suffixes, query, start, stop, key=beginning)
+        return low, bisect.bisect_right(self._suffixes, query, low, stop, key=beginning)
 
     def encode(self, words: Sequence[str]) -> bytes:
-        """Folded words as `find` wants them; one that the split lacks gets an id that stands nowhere."""
-        return np.array(
-            [self.ids.get(word, len(self.vocabulary)) for word in words], dtype='>u4'
-        ).tobytes()
+        """Folded words as a query for `find`; a word that the split lacks gets an unused id."""
+        ids = [self.ids.get(word, len(self.vocabulary)) for word in words]
+        return np.array(ids, dtype='>u4').tobytes()
 
     def song(self, low: int, high: int) -> str:
-        """The first document among those that these places of the suffix array lie in."""
-        return self.songs[
-            int(np.searchsorted(self.documents, self.suffixes[low:high].min(), side='right')) - 1
-        ]
+        """The first document that contains one of these suffixes."""
+        first = self.suffixes[low:high].min()
+        return self.songs[int(np.searchsorted(self.documents, first, side='right')) - 1]
 
     def following(self, words: Sequence[str]) -> list[str]:
-        """The folded words that stand behind `words` anywhere in the split."""
+        """The folded words that follow `words` anywhere in the split."""
         low, high = self.find(self.encode(words))
         after = self.words[self.suffixes[low:high].astype(np.int64) + len(words)]
-        new = after != np.concatenate(
-            [[0], after[:-1]]
-        )  # sorted, as suffixes are; 0 is a document's end
-        return [self.vocabulary[i] for i in after[new].tolist()]
+        # They are sorted, as suffixes are; 0 is the end of a document.
+        is_new = after != np.concatenate([[0], after[:-1]])
+        return [self.vocabulary[i] for i in after[is_new].tolist()]
 
     def compare(self, text: str, n: int = 5, since: int = 0) -> Originality:
-        """What `text` shares with the split: each run of words is found where it is longest, and none is missed.
+        """What `text` shares with the split: every maximal run of words.
 
-        Behind a prompt of `since` characters, what ends in the prompt does not count; what begins there and ends in what was written does.
-        All offsets are those of `text`.
+        The first `since` characters are a prompt: a run counts if it ends after them, wherever it
+        begins. All offsets are offsets in `text`.
         """
         spans, words, offset, judged, grams = list[tuple[int, int]](), list[str](), 0, 0, 0
-        for document in text.split(self.document_end) if self.document_end else [text]:
+        documents = text.split(self.document_end) if self.document_end else [text]
+        for document in documents:
             begin = len(words)
             for match in find_words(document):
                 spans.append((offset + match.start(), offset + match.end()))
@@ -259,63 +234,78 @@ class Index:
             grams += sum(end > since for _, end in spans[begin + n - 1 :])
             offset += len(document) + len(self.document_end)
             spans.append((offset, offset))
-            words.append('\n')  # stands nowhere
-        query, end, found, known = self.encode(words), 0, [], 0
+            words.append('\n')  # is not in the split: no run crosses it
+        found, query = [], self.encode(words)
+        known = end = 0
         for i in range(len(words)):
-            before = end = max(end, i)
-            while end < len(words):
-                low, high = self.find(query[4 * i : 4 * (end + 1)])
-                if low == high:
-                    break
-                at, end = self._suffixes[low] + end - i + 1, end + 1
-                while (
-                    end < len(words)
-                    and self._bytes[4 * at : 4 * at + 4] == query[4 * end : 4 * end + 4]
-                ):  # on along this place
-                    at, end = at + 1, end + 1
-            if (
-                end > before and spans[end - 1][1] > since
-            ):  # else what begins here is the end of an earlier run
+            before, end = max(end, i), self._run_end(query, i, max(end, i))
+            # A run that ends where the run before it ends is only a part of that.
+            if end > before and spans[end - 1][1] > since:
                 found.append((i, end))
             known += end - i >= n and spans[i + n - 1][1] > since
-        most = max(found, key=lambda run: run[1] - run[0], default=None)
-
-        def described(i: int, end: int) -> dict[str, Any]:
-            song = self.song(*self.find(query[4 * i : 4 * end]))
-            return {'start': spans[i][0], 'end': spans[end - 1][1], 'words': end - i, 'song': song}
-
-        best: dict[str, Any] = (
-            described(*most) if most else {'start': 0, 'end': 0, 'words': 0, 'song': ''}
-        )
-        runs = [described(i, end) for i, end in found if end - i >= n]
+        longest = max((end - i for i, end in found), default=0)
+        runs: list[dict[str, Any]] = [
+            {
+                'start': spans[i][0],
+                'end': spans[end - 1][1],
+                'words': end - i,
+                'song': self.song(*self.find(query[4 * i : 4 * end])),
+            }
+            for i, end in found
+            if end - i >= min(n, longest)
+        ]
+        nothing: dict[str, Any] = {'start': 0, 'end': 0, 'words': 0, 'song': ''}
+        best = max(runs, key=lambda run: run['words'], default=nothing)
         return Originality(
-            judged,
-            best['words'],
-            text[best['start'] : best['end']],
-            best['song'],
-            known / grams if grams else None,
-            n,
-            runs,
+            words=judged,
+            longest=best['words'],
+            text=text[best['start'] : best['end']],
+            song=best['song'],
+            share=known / grams if grams else None,
+            n=n,
+            runs=[run for run in runs if run['words'] >= n],
         )
+
+    def _run_end(self, query: bytes, first: int, end: int) -> int:
+        """Where the longest run that begins at word `first` ends, at `end` or later."""
+        while 4 * end < len(query):
+            low, high = self.find(query[4 * first : 4 * (end + 1)])
+            if low == high:
+                break
+            at, end = self._suffixes[low] + end - first + 1, end + 1
+            # Continue at this position of the split as far as it agrees.
+            while query[4 * end : 4 * end + 4] == self._bytes[4 * at : 4 * at + 4]:
+                at, end = at + 1, end + 1
+        return end
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a file; [] if it is not complete: it must end with a line break."""
+    with open(path, encoding='utf-8') as f:
+        *lines, last = f.read().split('\n')
+    return lines if not last else []
 
 
 def remove_others(folder: str, name: str) -> None:
-    """Remove a dataset's indexes but the one called `name`, and what builders that were killed left more than a day ago, as far as possible."""
+    """Remove a dataset's indexes except the one called `name`, as far as possible.
+
+    Also what killed builders left more than a day ago.
+    """
+    yesterday = time.time() - 86400
     for other in os.listdir(folder):
-        path = os.path.join(folder, other)
-        try:
-            left = (
-                re.fullmatch(r'originality\..*\.tmp', other)
-                and os.stat(path).st_mtime < time.time() - 86400
-            )
-        except OSError:  # gone
-            continue
-        if left or other != name and re.fullmatch('originality-[0-9a-f]{12}', other):
+        path, is_left = os.path.join(folder, other), False
+        if re.fullmatch(r'originality\..*\.tmp', other):
+            with contextlib.suppress(OSError):  # its builder has removed it
+                is_left = os.stat(path).st_mtime < yesterday
+        if is_left or other != name and re.fullmatch('originality-[0-9a-f]{12}', other):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def build(files: list[str], tokenizer: Tokenizer, path: str) -> None:
-    """Write the index of token files into the folder `path`. Raises UserError if there are too many words."""
+    """Write the index of token files into the folder `path`.
+
+    Raises UserError if there are too many words.
+    """
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     if tokenizer.eot is not None:
         pieces[tokenizer.eot] = DOCUMENT_END
@@ -331,102 +321,101 @@ def build(files: list[str], tokenizer: Tokenizer, path: str) -> None:
                     documents.append(len(words))
                     songs.append(label(document, len(songs) + 1))
                     ended = False
-                words.extend(
-                    map(
-                        ids.__getitem__,
-                        fold(' '.join(WORD.findall(HEAD.sub('', document)))).split(),
-                    )
-                )
+                folded = fold(' '.join(WORD.findall(HEAD.sub('', document))))
+                words.extend(map(ids.__getitem__, folded.split()))
         if len(words) * word_bytes(len(ids)) >= 2**31:
             raise UserError(
-                f'{files[0]}: {len(words):,} words and more are too many to index: their ids must fit 2 GB'
+                f'{files[0]}: {len(words):,} words and more are too many to index: their ids must '
+                'fit into 2 GB'
             )
     words.append(0)
-    array_ = np.frombuffer(words, dtype=np.uint32)
-    print(f'sorting the places of {len(words):,} words', file=sys.stderr, flush=True)
-    made: dict[str, np.ndarray | bytes] = {
-        'words.npy': array_.astype('>u4'),  # big-endian: their bytes compare as they do
-        'starts.npy': np.concatenate([[0], np.cumsum(np.bincount(array_, minlength=len(ids) + 3))]),
-        'documents.npy': np.array(documents),
-        'suffixes.npy': sort_suffixes(array_),
-        'vocabulary.txt': ''.join(f'{word}\n' for word in ids).encode(),
-        'songs.txt': ''.join(f'{song}\n' for song in songs).encode(),
-    }
-    for name, content in made.items():
-        with open(os.path.join(path, name), 'wb') as f:
-            f.write(content) if isinstance(content, bytes) else np.save(f, content)
+    print(f'sorting the suffixes of {len(words):,} words', file=sys.stderr, flush=True)
+    all_words = np.frombuffer(words, dtype=np.uint32)
+    starts = np.cumsum(np.bincount(all_words, minlength=len(ids) + 3))
+    for name, values in (
+        ('words', all_words.astype('>u4')),  # big-endian: their bytes compare as they do
+        ('starts', np.concatenate([[0], starts])),
+        ('documents', np.array(documents)),
+        ('suffixes', sort_suffixes(all_words)),
+    ):
+        with open(os.path.join(path, f'{name}.npy'), 'wb') as f:
+            np.save(f, values)
             f.flush()
             os.fsync(f.fileno())
+    for name, lines in (('vocabulary', list(ids)), ('songs', songs)):
+        content = ''.join(f'{line}\n' for line in lines).encode()
+        atomic_write(os.path.join(path, f'{name}.txt'), content)
 
 
 def read_text(files: list[str], pieces: list[bytes]) -> Iterator[str]:
-    """The text of token files in pieces of whole documents, or of whole lines where a document is long; '\\udcff' ends a document.
+    """The text of token files, in parts of whole documents, each ended by '\\udcff'.
 
-    Raises UserError for a token id outside the vocabulary.
+    Of a long document, parts of whole lines. `pieces` are the bytes of each token. Raises UserError
+    for a token id outside the vocabulary.
     """
-    left = b''
-    shards = [TokenFile(path) for path in files]
+    left, shards = b'', [TokenFile(path) for path in files]
+    total = sum(map(len, shards))
     with tqdm(
-        total=sum(map(len, shards)),
-        unit='token',
-        unit_scale=True,
-        desc='reading words',
-        disable=None,
-        leave=False,
+        total=total, unit='token', unit_scale=True, desc='reading words', disable=None, leave=False
     ) as bar:
         for shard in shards:
             for start in range(0, len(shard), 1 << 22):
                 tokens = shard.read(start, 1 << 22)
                 if tokens.max() >= len(pieces):
                     raise UserError(
-                        f'{shard.path}: token id {tokens.max()} is beyond the vocabulary of {len(pieces)}: prepare the dataset again'
+                        f'{shard.path}: token id {tokens.max()} is beyond the vocabulary of '
+                        f'{len(pieces)}: prepare the dataset again'
                     )
                 left += b''.join(map(pieces.__getitem__, tokens.tolist()))
-                cut = left.rfind(DOCUMENT_END) + len(DOCUMENT_END)
-                cut = cut if cut >= len(DOCUMENT_END) else left.rfind(b'\n') + 1
-                yield left[:cut].decode('utf-8', 'surrogateescape')
-                left = left[cut:]
+                complete, end, rest = left.rpartition(DOCUMENT_END)
+                if not end:
+                    complete, end, rest = left.rpartition(b'\n')
+                yield (complete + end).decode('utf-8', 'surrogateescape')
+                left = rest
                 bar.update(len(tokens))
     yield left.decode('utf-8', 'surrogateescape')
 
 
 def label(document: str, number: int) -> str:
-    """A document's name for people, on one line: "Artist: Title" from its head, else its number and first words."""
-    fields = HEAD.findall(re.split(r'\n\s*\n', document[:1000].strip())[0])
-    head = {
-        key.lower(): value.strip() for key, value in reversed(fields)
-    }  # the first of each counts
-    name = (
-        ': '.join(head[key] for key in ('artist', 'title') if head.get(key))
-        or f'document {number}: {" ".join(document[:200].split()[:6])}…'
-    )
+    """The name of a document in messages: "Artist: Title", or its number and first words."""
+    header = re.split(r'\n\s*\n', document[:1000].strip())[0]
+    # Reversed, because the first field of each name counts.
+    fields = {key.lower(): value.strip() for key, value in reversed(HEAD.findall(header))}
+    name = ': '.join(fields[key] for key in ('artist', 'title') if fields.get(key))
+    name = name or f'document {number}: {" ".join(document[:200].split()[:6])}…'
     return ' '.join(name.encode('utf-8', 'replace').decode().split())
 
 
 def word_bytes(ids: int) -> int:
-    """Bytes that the numbers of `ids` words need."""
+    """The bytes that an id needs, if there are so many."""
     return max(1, (ids.bit_length() + 7) // 8)
 
 
 def sort_suffixes(words: np.ndarray) -> np.ndarray:
-    """The suffix array of words (n,) uint32: where each suffix begins, (n,) int32, in the order of the suffixes.
+    """The suffix array of words (n,) uint32: the start of each suffix in sorted order, (n,) int32.
 
-    libdivsufsort sorts bytes: big-endian ids of equal width compare as words do, and of its suffixes those count that begin
-    with a word. 50M words: 14 s and 0.8 GB; prefix doubling in numpy, tied suffixes alone, took 24 s, 1.1 GB and 25 lines more.
+    libdivsufsort sorts the suffixes of bytes: big-endian ids of equal width compare as words do,
+    and only the suffixes at the start of a word are kept. 50M words take 14 s and 0.8 GB; prefix
+    doubling in numpy, of tied suffixes only, took 24 s, 1.1 GB and 25 more lines.
     """
     from pydivsufsort import divsufsort
 
     width = word_bytes(int(words.max()))
-    places = divsufsort(words.astype('>u4').view(np.uint8).reshape(-1, 4)[:, 4 - width :].ravel())
-    return np.concatenate([part[part % width == 0] // width for part in np.array_split(places, 64)])
+    as_bytes = words.astype('>u4').view(np.uint8).reshape(-1, 4)[:, 4 - width :].ravel()
+    parts = np.array_split(divsufsort(as_bytes), 64)
+    return np.concatenate([part[part % width == 0] // width for part in parts])
 
 
-def index_of(knobs: dict[str, Any], dataset: str = '') -> Index:
-    """The index of what a checkpoint with these knobs (its `config`) was trained on, or of `dataset` if that is given. Raises UserError."""
-    name = dataset or knobs.get('dataset', '')
+def index_of(config: dict[str, Any], dataset: str = '') -> Index:
+    """The index of `dataset`, or else of the dataset that a checkpoint's `config` names.
+
+    Raises UserError.
+    """
+    name = dataset or config.get('dataset', '')
     if not name:
         raise UserError(
-            'the model does not say what it was trained on: name the folder of its training data with --dataset=FOLDER'
+            'the model does not say what it was trained on: name the folder of its training data '
+            'with --dataset=FOLDER'
         )
     try:
         return Index.open(folder_of(name))
@@ -437,44 +426,53 @@ def index_of(knobs: dict[str, Any], dataset: str = '') -> Index:
 
 
 # -----------------------------------------------------------------------------
-# Writing nothing that is already there
+# Avoiding copies
 
-JOINED, MARKED, APOSTROPHE, APART = range(
-    4
-)  # what stands before a token's first letter: nothing, marks, one apostrophe, anything else
-OUTSIDE, INSIDE, AFTER = range(
-    3
-)  # where a text ends: in no word, in a word, behind the apostrophe behind one
-BEGINS = {
+# What comes before a token's first letter: nothing, marks, one apostrophe, anything else
+JOINED, MARKED, APOSTROPHE, APART = range(4)
+# Where a text ends: outside words, in a word, after the apostrophe that follows a word
+OUTSIDE, INSIDE, AFTER = range(3)
+BEGINS = {  # the tokens that begin a word there
     OUTSIDE: (JOINED, MARKED, APOSTROPHE, APART),
     INSIDE: (APART,),
     AFTER: (MARKED, APOSTROPHE, APART),
-}  # which tokens begin a word there
+}
 
 
 def bare(folded: str) -> str:
-    """Without marks: what they will be is not known before a word's end. The parts of a word give those of the bare word."""
+    """A word without marks: the marks are not known before the word's end.
+
+    The parts of a word, bare, make up the bare word.
+    """
     return folded if folded.isascii() else MARKS.sub('', unicodedata.normalize('NFD', folded))
 
 
 def look(raw: bytes) -> tuple[int, str, bytes, bool]:
-    """How a token's bytes join a text, the bare letters of their first word, the bytes of a character that is not whole, and: is it odd?
+    """How a token continues a text: (way, letters, part, odd).
 
-    Odd are tokens with letters of several words or lines, or behind a mark on what stands before and more; the three kinds of tokenizers
-    make none (special tokens may be).
+    The way is JOINED, MARKED, APOSTROPHE or APART, the letters are the bare ones of its first word,
+    and the part is the bytes of an incomplete character at its end. Odd tokens have letters of
+    several words or lines, or more than marks before their letters; the three kinds of tokenizers
+    make none, except perhaps as special tokens.
     """
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(raw)
-    words = list(WORD.finditer(text))
-    lead = text[: words[0].start()] if words else text
+    words = WORD.findall(text)
+    lead = text[: text.index(words[0])] if words else text
     marks = MARKS.match(lead)
-    way = JOINED if not lead else MARKED if marks else APOSTROPHE if lead in ("'", '’') else APART
+    way = APART
+    if not lead:
+        way = JOINED
+    elif marks:
+        way = MARKED
+    elif lead in ("'", '’'):
+        way = APOSTROPHE
     odd = len(words) > 1 or bool(words and ('\n' in text or marks and marks[0] != lead))
-    return way, bare(fold(words[0][0])) if words else '', decoder.getstate()[0], odd
+    return way, bare(fold(''.join(words[:1]))), decoder.getstate()[0], odd
 
 
 class Spelling:
-    """A tokenizer's tokens by how they join a text and the bare letters of the word that they begin."""
+    """A tokenizer's tokens by how they continue a text and the bare letters of their first word."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -482,66 +480,66 @@ class Spelling:
         self.odd: list[int] = []
         self.rest: list[int] = []  # tokens that begin inside a character
         for token, raw in enumerate(self.bytes):
-            if token != tokenizer.eot:
-                way, letters, _, odd = look(raw)
-                if odd:
-                    self.odd.append(token)
-                else:
-                    self.tokens[way].setdefault(letters, []).append(token)
-                if raw and 0x80 <= raw[0] < 0xC0:
-                    self.rest.append(token)
+            way, letters, _, odd = look(raw)
+            if token == tokenizer.eot:
+                continue
+            if odd:
+                self.odd.append(token)
+            else:
+                self.tokens[way].setdefault(letters, []).append(token)
+            if raw and 0x80 <= raw[0] < 0xC0:
+                self.rest.append(token)
 
     def beginnings(self, way: int, words: Iterable[str]) -> Iterator[int]:
-        """The tokens that, joined in this way, spell one of the bare words or begin to."""
+        """The tokens that, joined in this way, spell one of the bare words or its beginning."""
         table = self.tokens[way]
         for word in words:
             for i in range(1, len(word) + 1):
                 yield from table.get(word[:i], ())
 
 
-spelling_of = functools.lru_cache(maxsize=4)(Spelling)  # shared by all rows
+spelling_of = functools.lru_cache(maxsize=4)(Spelling)  # shared by all sequences
 
 
-@functools.lru_cache(
-    maxsize=256
-)  # what follows a common word is long: it is asked for again and again
+@functools.lru_cache(maxsize=256)  # many words follow a common word, and it is asked for often
 def beginnings_behind(
     index: Index, spelling: Spelling, words: tuple[str, ...], ways: tuple[int, ...]
 ) -> frozenset[int]:
-    """The tokens that, joined in these ways, spell or begin to spell a word that follows `words` in the training split, but for its marks."""
+    """The tokens that, joined in these ways, spell or begin a word that follows `words`.
+
+    It follows them somewhere in the training split; marks do not matter.
+    """
     following = {bare(word) for word in index.following(words)}
     return frozenset(token for way in ways for token in spelling.beginnings(way, following))
 
 
 class CopyFilter:
-    """Keeps one row of `GPT.generate(avoid=…)` from ever writing `n` words in a row that stand so in the training split.
+    """Prevents a sequence of `GPT.generate(avoid=…)` from copying `n` words in a row.
 
-    A word that would complete such a run is not begun: behind the last n - 1 words, tokens are banned that spell the beginning, or
-    all, of any word that follows them anywhere in the split. What does not begin so cannot become it, so tokens that go on with a
-    word are free, and words are never broken off. (The word that a prompt ends in has not been watched: it is, as it goes on.)
-    Marks may still come, so they are left out on both sides: where "été" would complete a run, "ete" is not written either. A character
-    whose first byte is written may turn out to be banned: something else, be it a broken character, stands there then.
-    Runs that begin in the prompt count, those that end in it do not. Raises UserError for n below 2.
+    A word that would complete a run of n words of the training split is never begun: after the
+    last n - 1 words, the tokens are banned that spell the beginning, or all, of any word that
+    follows them in the split. No other beginning can become such a word, so tokens that continue a
+    word are allowed, and words are not broken off. (The word in which a prompt ends was not
+    checked when it began: it is checked while it continues.)
+
+    Marks may follow later, so they are ignored on both sides: where "été" would complete a run,
+    "ete" is banned too. A character whose first byte was generated may turn out to be banned; then
+    something else follows, possibly a broken character. Runs that begin in the prompt count, those
+    that end in it do not. Raises UserError for n below 2.
     """
 
     def __init__(self, index: Index, tokenizer: Tokenizer, n: int, prompt_text: str = ''):
         if n < 2:
-            raise UserError(
-                f"avoid_copying={n}: expected at least 2 words (a single word is nobody's)"
-            )
-        self.index, self.n, self.eot, self.spelling = (
-            index,
-            n,
-            tokenizer.eot,
-            spelling_of(tokenizer),
-        )
+            raise UserError(f'avoid_copying={n}: expected at least 2 words')
+        self.index, self.n, self.eot = index, n, tokenizer.eot
+        self.spelling = spelling_of(tokenizer)
         self._begin_document()
         self._read(prompt_text)
-        self.unwatched = self.state != OUTSIDE  # the word that the prompt ends in
+        self.unwatched = self.state != OUTSIDE  # the word in which the prompt ends
 
     def _begin_document(self) -> None:
         self.words: list[str] = []  # the last ones, folded; the very last may still grow
-        self.last = ''  # that one as it is written
+        self.last = ''  # that one as it was generated
         self.state, self.line, self.in_head, self.unwatched = OUTSIDE, '', False, False
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
 
@@ -550,53 +548,58 @@ class CopyFilter:
             if c == '\n':
                 self.state, self.line, self.in_head = OUTSIDE, '', False
             elif not self.in_head:
-                self.line = (self.line + c)[:8]
-                if c.isalnum() or self.state == INSIDE and MARKS.match(c):
-                    if self.state == OUTSIDE:
-                        self.words, self.last, self.unwatched = (
-                            [*self.words[-self.n :], ''],
-                            '',
-                            False,
-                        )
-                    self.last += "'" * (self.state == AFTER) + c
-                    self.words[-1] = fold(self.last)
-                    self.state = INSIDE
-                else:
-                    self.state = AFTER if c in "'’" and self.state == INSIDE else OUTSIDE
-                    if c == ':' and HEAD.match(self.line):
-                        self.words.pop()  # the line's only word so far is the head's name
-                        self.in_head = True
+                self._read_character(c)
+
+    def _read_character(self, c: str) -> None:
+        self.line = (self.line + c)[:8]
+        if c.isalnum() or self.state == INSIDE and MARKS.match(c):
+            if self.state == OUTSIDE:
+                self.words = [*self.words[-self.n :], '']
+                self.last, self.unwatched = '', False
+            elif self.state == AFTER:
+                self.last += "'"
+            self.last += c
+            self.words[-1] = fold(self.last)
+            self.state = INSIDE
+        elif c in "'’" and self.state == INSIDE:
+            self.state = AFTER
+        else:
+            self.state = OUTSIDE
+            if c == ':' and HEAD.match(self.line):
+                self.words.pop()  # the only word of the line so far is the name of the field
+                self.in_head = True
 
     def push(self, token: int) -> None:
-        """The token that was written."""
+        """Take note of the token that was generated."""
         if token == self.eot:
             self._begin_document()
         else:
             self._read(self.decoder.decode(self.spelling.bytes[token]))
 
     def _ends(self, state: int) -> dict[int, list[str]]:
-        """How the prompt's last word must not go on, for each way of joining a text that ends so."""
+        """How the prompt's last word must not continue, for each way of continuing a text."""
         if not self.unwatched or state == OUTSIDE or len(self.words) < self.n:
             return {}
-        so_far = bare(self.words[-1]) + "'" * (state == AFTER)
+        so_far = bare(self.words[-1])
+        if state == AFTER:
+            so_far += "'"
         following = map(bare, self.index.following(self.words[-self.n : -1]))
         ends = [word[len(so_far) :] for word in following if word.startswith(so_far)]
         if not ends or state == AFTER:
             return {JOINED: ends}
-        return {
-            JOINED: ends,
-            MARKED: ends,
-            APOSTROPHE: [end[1:] for end in ends if end.startswith("'")],
-        }
+        after_apostrophe = [end[1:] for end in ends if end.startswith("'")]
+        return {JOINED: ends, MARKED: ends, APOSTROPHE: after_apostrophe}
 
     def banned(self) -> list[int]:
-        """The token ids that must not come next. Tokens without letters and marks, and the document's end, are never among them."""
+        """The token ids that must not come next.
+
+        The document's end and tokens without letters and marks are never among them.
+        """
         banned = set(self.spelling.odd)
         if self.in_head:
             return list(banned)
-        part = self.decoder.getstate()[
-            0
-        ]  # of a character: what does not complete it stands behind a U+FFFD
+        part = self.decoder.getstate()[0]  # of a character
+        # A token that does not complete the character follows a U+FFFD.
         state = OUTSIDE if part else self.state
         before = tuple(self.words[1 - self.n :]) if len(self.words) >= self.n - 1 else ()
         if before:
@@ -607,45 +610,36 @@ class CopyFilter:
                 banned.update(self.spelling.tokens[MARKED].get('', ()))
         if part:
             banned.difference_update(self.spelling.rest)
-            following = [bare(word) for word in self.index.following(before)] if before else []
-            forbidden = dict.fromkeys(BEGINS[self.state], following) | self._ends(self.state)
-            for token in self.spelling.rest:
-                way, letters, _, odd = look(part + self.spelling.bytes[token])
-                if (
-                    odd
-                    or (letters or way == MARKED and self.state == INSIDE)
-                    and any(word.startswith(letters) for word in forbidden.get(way, ()))
-                ):
-                    banned.add(token)
+            banned.update(self._banned_rest(part, before))
         return list(banned)
+
+    def _banned_rest(self, part: bytes, before: tuple[str, ...]) -> Iterator[int]:
+        """The banned tokens among those that begin inside a character, after the bytes `part`."""
+        following = [bare(word) for word in self.index.following(before)] if before else []
+        forbidden = dict.fromkeys(BEGINS[self.state], following) | self._ends(self.state)
+        for token in self.spelling.rest:
+            way, letters, _, odd = look(part + self.spelling.bytes[token])
+            has_content = letters or way == MARKED and self.state == INSIDE
+            words = forbidden.get(way, ())
+            if odd or has_content and any(word.startswith(letters) for word in words):
+                yield token
 
 
 def main() -> None:
-    """Check the text that the command line names."""
+    """Compare the text that the options name with the training split."""
     config = configure(OriginalityConfig, description=(__doc__ or '').split('\n')[0])
-    text = config.text
+    text, folder = config.text, folder_of(config.dataset)
     if config.file:
-        try:
-            with open(config.file, encoding='utf-8-sig') as f:
-                text = f.read()
-        except OSError as error:
-            raise UserError(f'file={config.file}: {error.strerror}') from None
-        except UnicodeDecodeError as error:
-            raise UserError(f'file={config.file}: cannot be read as UTF-8 text ({error})') from None
-    folder = folder_of(config.dataset)
+        text = ''.join(read_pieces(config.file, 'utf-8-sig'))
     index = Index.open(folder)
-    if not config.text and not config.file:
+    if config.text or config.file:
+        result = index.compare(text, config.n)
+        print(result)
+        for found in result.runs:
+            quote = textwrap.shorten(text[found['start'] : found['end']], 400, placeholder='...')
+            print(f'  {found["words"]} words from "{found["song"]}": {quote}')
+    else:
         print(
-            f'{folder}: {len(index.words) - index.starts[1]:,} words, {len(index.ids) - 1:,} different, in {len(index.songs):,} documents'
+            f'{folder}: {len(index.words) - index.starts[1]:,} words, {len(index.ids) - 1:,} '
+            f'different, in {len(index.songs):,} documents'
         )
-        return
-    result = index.compare(text, config.n)
-    print(result)
-    for found in result.runs:
-        print(
-            f'  {found["words"]} words from "{found["song"]}": {brief(text[found["start"] : found["end"]], 400)}'
-        )
-
-
-if __name__ == '__main__':
-    run(main)

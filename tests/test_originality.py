@@ -1,4 +1,4 @@
-"""What lyregpt/originality.py says and forbids, against brute force."""
+"""What lyregpt/originality.py reports and bans, against brute force."""
 
 import json
 import os
@@ -35,7 +35,7 @@ LINES = [  # made up; every kind of letter, apostrophe and repetition
 
 
 def split_words(text):
-    """The words of a text, found in another way than lyregpt/originality.py's: line by line, letter by letter."""
+    """The words of a text, found in another way: line by line, letter by letter."""
     out = []
     for line in text.split('\n'):
         if line.lower().startswith(('artist:', 'album:', 'year:', 'title:')):
@@ -86,7 +86,12 @@ def copied(songs, prompt, written, n):
 
 @pytest.mark.parametrize(
     'line',
-    [*LINES, "a''b 'c' d' e'f'g’h ''", 'x_y-z’ ’q\nArtist: nobody here\nyear:\n Title: a word', ''],
+    [
+        *LINES,
+        "a''b 'c' d' e'f'g’h ''",
+        'x_y-z’ ’q\nArtist: nobody here\nyear:\n Title: a word',
+        '',
+    ],
 )
 def test_words(line):
     watch = CopyFilter(None, CharTokenizer('a'), 10**6, '')
@@ -95,11 +100,11 @@ def test_words(line):
 
 
 def test_words_of_any_text():
-    dice = random.Random(1)
+    rng = random.Random(1)
     letters = ["a", "B", "é", "'", "’", ' ', '\n', '-', '_', '7', ':', 'Artist', 'title:', 'İ',
                'e\u0301', '\u0323', 'ि', '한', '\u11ab', '\u0345']  # fmt: skip
     for _ in range(3000):
-        text = ''.join(dice.choices(letters, k=12))
+        text = ''.join(rng.choices(letters, k=12))
         watch = CopyFilter(None, CharTokenizer('a'), 10**6, '')
         watch._read(text)
         words = [fold(m[0]) for m in find_words(text)]
@@ -115,20 +120,20 @@ def test_words_of_any_text():
 
 
 def test_compare_is_brute_force(tmp_path):
-    dice = random.Random(2)
+    rng = random.Random(2)
     for turn in range(8):
         words = ['la', 'na', 'Hey', "don't", 'ü'][: 2 + turn % 4]
         songs = [
             song_header(f'Band {i}', title=f'Song {i}')
-            + ' '.join(dice.choices(words, k=dice.randint(1, 60)))
-            for i in range(dice.randint(1, 6))
+            + ' '.join(rng.choices(words, k=rng.randint(1, 60)))
+            for i in range(rng.randint(1, 6))
         ]
         index = dataset(
             tmp_path / str(turn), songs, CharTokenizer.train(songs, special=('<|endoftext|>',))
         )
         for n in 1, 2, 5:
-            text = ', '.join(dice.choices([*words, 'new'], k=dice.randint(0, 40)))
-            since = dice.randint(0, len(text)) if turn % 2 else 0
+            text = ', '.join(rng.choices([*words, 'new'], k=rng.randint(0, 40)))
+            since = rng.randint(0, len(text)) if turn % 2 else 0
             told, own = index.compare(text, n, since), split_words(text)
             ends = [m.end() > since for m in re.finditer(r"[\w']+", text)]
             assert len(ends) == len(own) and told.words == sum(ends)
@@ -204,8 +209,8 @@ def test_compare_what_was_written(tmp_path):
     ).endswith('("spain falls")')
     assert (
         told('the rain in', '') == (0, 0, '', None, [])
-        and 'no words' in str(index.compare('the rain', since=8))
-        and 'no words' in str(index.compare('?!'))
+        and 'has no words' in str(index.compare('the rain', since=8))
+        and 'has no words' in str(index.compare('?!'))
     )
 
 
@@ -240,11 +245,11 @@ def demo(tmp_path_factory):
 def test_compare_with_the_demo_songs(demo):
     _, songs, others, index = demo
     whole = '|'.join(f' {" ".join(split_words(song))} ' for song in songs)
-    dice = random.Random(3)
+    rng = random.Random(3)
     for song in [
         *others[:10],
         *(
-            dice.choice(songs)[dice.randint(60, 200) :][:300] + dice.choice(songs)[-200:]
+            rng.choice(songs)[rng.randint(60, 200) :][:300] + rng.choice(songs)[-200:]
             for _ in range(10)
         ),
     ]:
@@ -263,9 +268,9 @@ def test_compare_with_the_demo_songs(demo):
         and len(told.runs) == 1
         and told.song == f'{head["Artist"]}: {head["Title"]}'
     )
-    assert 'no words' in str(
+    assert 'has no words' in str(
         index.compare('Artist: nobody\n\n?!')
-    ) and 'not one of its words' in str(index.compare('xyzzy'))
+    ) and 'none of its words' in str(index.compare('xyzzy'))
 
 
 def test_the_index_follows_the_dataset(tmp_path, capsys):
@@ -339,7 +344,10 @@ def test_builders_at_once(tmp_path, monkeypatch):
         CharTokenizer.train(songs),
         need=('train',),
     )
-    code = 'import sys, originality; print(originality.Index.open(sys.argv[1]).compare("in the butter", 2).longest)'
+    code = (
+        'import sys; from lyregpt.originality import Index; '
+        'print(Index.open(sys.argv[1]).compare("in the butter", 2).longest)'
+    )
     racers = [
         subprocess.Popen(
             [sys.executable, '-c', code, tmp_path],
@@ -388,8 +396,11 @@ def test_song_names():
     )
 
 
-def walk(index, tokenizer, n, songs, prompt, dice, steps, avoid=True):
-    """Write mostly what a song has next, else anything: no model, and so the hardest reader of what is banned. Returns the text."""
+def walk(index, tokenizer, n, songs, prompt, rng, steps, avoid=True):
+    """Generate mostly what a song has next, else anything; returns the text.
+
+    Without a model, this is the hardest test of what is banned.
+    """
     joined = {
         t
         for key, ts in originality.spelling_of(tokenizer).tokens[0].items()
@@ -397,7 +408,7 @@ def walk(index, tokenizer, n, songs, prompt, dice, steps, avoid=True):
         for t in ts
     }
     watch, row = CopyFilter(index, tokenizer, n, prompt), []
-    ids = tokenizer.encode(dice.choice(songs))
+    ids = tokenizer.encode(rng.choice(songs))
     at = 0
     for _ in range(steps):
         banned = set(watch.banned()) if avoid else set()
@@ -408,14 +419,14 @@ def walk(index, tokenizer, n, songs, prompt, dice, steps, avoid=True):
             and not watch.decoder.getstate()[0]
         ):
             assert banned.isdisjoint(joined), 'a word can always go on'
-        at = at + 1 if at + 1 < len(ids) and dice.random() < 0.95 else 0
+        at = at + 1 if at + 1 < len(ids) and rng.random() < 0.95 else 0
         if not at:
-            ids = tokenizer.encode(dice.choice(songs))
-            at = dice.randrange(len(ids))
+            ids = tokenizer.encode(rng.choice(songs))
+            at = rng.randrange(len(ids))
         token = ids[at]
         while token in banned or token == tokenizer.eot:
-            token = dice.choice(
-                [*dice.choice(songs_ids(tokenizer, songs)), dice.randrange(tokenizer.vocab_size)]
+            token = rng.choice(
+                [*rng.choice(songs_ids(tokenizer, songs)), rng.randrange(tokenizer.vocab_size)]
             )
         watch.push(token)
         row.append(token)
@@ -444,7 +455,7 @@ def test_no_run_whatever_is_drawn(tmp_path, kind):
         'gpt2': gpt2,
     }[kind]()
     index = dataset(tmp_path, songs, tokenizer)
-    dice = random.Random(4)
+    rng = random.Random(4)
     prompts = ['', 'e\u0301te', 'हि']
     prompts += [
         'la la la the r',
@@ -459,13 +470,13 @@ def test_no_run_whatever_is_drawn(tmp_path, kind):
     ]
     without = 0
     for turn in range(20 if kind == 'gpt2' else 60):
-        n, prompt = dice.choice([2, 3, 4, 6]), dice.choice(prompts)
-        text = walk(index, tokenizer, n, songs, prompt, dice, 120)
+        n, prompt = rng.choice([2, 3, 4, 6]), rng.choice(prompts)
+        text = walk(index, tokenizer, n, songs, prompt, rng, 120)
         assert not copied(songs, prompt, text, n), (n, prompt, text)
         assert all(run['end'] <= len(prompt) for run in index.compare(prompt + text, n).runs)
         without += turn % 4 == 0 and bool(
             copied(
-                songs, prompt, walk(index, tokenizer, n, songs, prompt, dice, 120, avoid=False), n
+                songs, prompt, walk(index, tokenizer, n, songs, prompt, rng, 120, avoid=False), n
             )
         )
     assert without > 4, 'and without, there are'
@@ -599,7 +610,7 @@ def test_scripts(tmp_path, chars, monkeypatch, capsys):
         'sys.argv', ['lyregpt originality', f'--dataset={chars}', f'--file={empty}']
     )
     originality.main()
-    assert capsys.readouterr().out == 'originality: there are no words in it\n'
+    assert capsys.readouterr().out == 'originality: the text has no words\n'
     song = tmp_path / 'song.txt'
     song.write_text('No such words', encoding='utf-8')
     done = script('-m', 'lyregpt', 'originality', f'--dataset={chars}', f'--file={song}', '--n=2')
@@ -608,8 +619,8 @@ def test_scripts(tmp_path, chars, monkeypatch, capsys):
         (['--dataset=nowhere'], 'nowhere/train.bin'),
         (['--n=0'], 'n=0'),
         (['--text=a', '--file=b'], 'one text'),
-        (['--file=no'], 'file=no'),
+        (['--file=no'], 'No such file'),
     ):
         monkeypatch.setattr('sys.argv', ['lyregpt originality', f'--dataset={chars}', *more])
-        with pytest.raises(UserError, match=message):
+        with pytest.raises((UserError, OSError), match=message):
             originality.main()
