@@ -1,4 +1,7 @@
-"""lyregpt/page.html in a real browser against the real lyregpt/serve.py, with a tiny model that knows two songs by heart; one of them is full of HTML."""
+"""The page in a real browser against the real server.
+
+The tiny model has memorized two songs; one of them is full of HTML.
+"""
 
 import json
 import re
@@ -39,7 +42,7 @@ COLUMNS = 'step,tokens,seconds,train_loss,val_loss,val_bpb,lr,grad_norm,tokens_p
 
 
 def rows(*steps):
-    """Lines of metrics.csv; every tenth step has a validation loss only, as train.py writes them."""
+    """Lines of metrics.csv; each tenth step has a validation loss only, as train.py writes them."""
     return ''.join(
         f'{s},{s * 100},{s * 0.5},,{6 - s / 100},2.5,,,,\n'
         if s % 10 == 0
@@ -49,7 +52,7 @@ def rows(*steps):
 
 
 def listen(app):
-    """A running server of `app` in a thread of this process (torch is loaded once), and its address."""
+    """A server of `app` in a thread of this process (torch is loaded once), and its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
     threading.Thread(target=server.run, daemon=True).start()
     until = time.time() + 20
@@ -60,7 +63,7 @@ def listen(app):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """The folder that Watch looks at: a run in a folder of its own name, and one with a name out of a nightmare."""
+    """The folder that Watch shows: a run in its own folder, and one with a hostile name."""
     folder = tmp_path_factory.mktemp('runs')
     for name, last in (('out-one', 30), ('more/<b>two & "three"%', 50)):
         (folder / name).mkdir(parents=True)
@@ -99,7 +102,7 @@ def site(tmp_path_factory, runs):
         )
     )
     config = serve.ServeConfig(out_dir=str(out), runs_dir=str(runs))
-    server, address = listen(serve.make_app(config, serve.Writer(config)))
+    server, address = listen(serve.make_app(config, serve.Service(config)))
     yield address
     server.should_exit = True
 
@@ -114,7 +117,10 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, site):
-    """visit(hash, address, **context) opens the page; a dialog, a console error, a breach of the policy or a request elsewhere fails the test."""
+    """visit(hash, address, **context) opens the page.
+
+    A dialog, a console error, a policy violation or a request elsewhere fails the test.
+    """
     opened = []
 
     def go(at='', address=site, **options):
@@ -139,7 +145,8 @@ def visit(chromium, site):
             ),
         )
         page.add_init_script(
-            'addEventListener("securitypolicyviolation", e => console.error("policy: " + e.violatedDirective))'
+            'addEventListener("securitypolicyviolation", '
+            'e => console.error("policy: " + e.violatedDirective))'
         )
         page.goto(f'{address}/{at}')
         opened.append(page)
@@ -161,7 +168,7 @@ def fetch(address, **body):
 
 
 def ask(page, tokens, n=1, song='Griddlemoth,Ledger', prompt=''):
-    """Fill the form as a person would, for what the model knows by heart; the sliders by keyboard."""
+    """Fill in the form for what the model has memorized; the sliders by keyboard."""
     for name, value in zip(('artist', 'title', 'prompt', 'seed'), [*song.split(','), prompt, 7]):
         page.fill(f'[name={name}]', str(value))
     page.press('[name=temperature]', 'Home')
@@ -173,7 +180,8 @@ def test_the_file_is_one_and_complete():
     page = (ROOT / 'lyregpt/page.html').read_text(encoding='utf-8')
     assert page.count('<script') == page.count('<script>\n') == 1
     assert not re.search(
-        r'<[^>]*\son\w+\s*=|javascript:|\beval\b|innerHTML|insertAdjacentHTML|outerHTML|document\.write',
+        r'<[^>]*\son\w+\s*=|javascript:|\beval\b|innerHTML|insertAdjacentHTML|outerHTML|'
+        r'document\.write',
         page,
     )
     assert set(re.findall(r'https?://[^\s\'"]+', page)) == {'http://www.w3.org/2000/svg'}
@@ -346,7 +354,7 @@ def test_marks_count_code_points_and_overlap(visit):
         + 'data: [DONE]\n\n',
     )
     page.click('#write')
-    expect(page.locator('.copied').first).to_contain_text('All its own')
+    expect(page.locator('.copied').first).to_contain_text('Original:')
 
 
 def test_a_broken_stream_keeps_what_came(visit):
@@ -402,7 +410,8 @@ def test_by_keyboard_alone(visit):
         page.keyboard.press('Tab')
         order.append(
             page.evaluate(
-                'document.activeElement.name || document.activeElement.id || document.activeElement.tagName'
+                'document.activeElement.name || document.activeElement.id || '
+                'document.activeElement.tagName'
             )
         )
     assert [what for what in order if what not in ('originality', 'avoid_copying')][:14] == [
@@ -437,7 +446,7 @@ def test_settings_are_remembered(visit):
         page.input_value(f'[name={name}]')
         for name in ('title', 'max_tokens', 'temperature', 'seed')
     ] == ['<i>', '1234', '0', '7']
-    assert page.locator('.knobs b').all_text_contents() == [
+    assert page.locator('.options b').all_text_contents() == [
         '0.00',
         '1,234',
         'off',
@@ -463,7 +472,8 @@ def test_watch_grows_and_keeps_the_zoom(visit, runs):
     )
     assert page.evaluate(points) == [27, 2]
     page.evaluate(
-        'Plotly.relayout(document.querySelector(".chart"), {"xaxis.range": [5, 12], "yaxis.range": [5, 6]})'
+        'Plotly.relayout(document.querySelector(".chart"), '
+        '{"xaxis.range": [5, 12], "yaxis.range": [5, 6]})'
     )
     with open(runs / 'out-one' / 'metrics.csv', 'a', encoding='utf-8') as f:
         f.write(rows(30, 31, 32) + '33,33')  # a row half-written
@@ -511,8 +521,10 @@ def test_a_phone_never_scrolls_sideways(visit):
     boxes = [card.bounding_box() for card in page.locator('.card').all()]
     assert boxes[0]['x'] == boxes[1]['x']  # one column
     small = (
-        '[...document.querySelectorAll("button, textarea, summary, label:has([type=checkbox], [type=radio]), input:not([type=checkbox], [type=radio])")]'
-        '.filter(e => e.offsetParent && e.getBoundingClientRect().height < 40).map(e => e.outerHTML)'
+        '[...document.querySelectorAll("button, textarea, summary, '
+        'label:has([type=checkbox], [type=radio]), input:not([type=checkbox], [type=radio])")]'
+        '.filter(e => e.offsetParent && e.getBoundingClientRect().height < 40)'
+        '.map(e => e.outerHTML)'
     )
     for width in (320, 390):
         page.set_viewport_size({'width': width, 'height': 640})
@@ -573,7 +585,8 @@ def test_contrast(visit):
     for scheme in ('light', 'dark'):
         page.emulate_media(color_scheme=scheme)
         style = page.evaluate(
-            '[...document.styleSheets[0].cssRules[0].style].map(name => [name, getComputedStyle(document.documentElement).getPropertyValue(name)])'
+            '[...document.styleSheets[0].cssRules[0].style].map(name => '
+            '[name, getComputedStyle(document.documentElement).getPropertyValue(name)])'
         )
         tones = {name[2:]: light(value) for name, value in style if value.startswith('#')}
         assert (tones['ink'] > tones['paper']) == (scheme == 'dark')

@@ -1,4 +1,4 @@
-"""The server, as its clients meet it: the real program on a real port, the real openai client, broken and hostile requests."""
+"""The server as its clients see it: the real program, the real openai client, hostile requests."""
 
 import asyncio
 import dataclasses
@@ -18,6 +18,7 @@ import torch
 from lyregpt import checkpoint, originality
 from lyregpt.load_test import load_test
 from lyregpt.quantize import quantize_model
+from lyregpt.report import METRICS
 from tests.conftest import ROOT, script
 
 openai = pytest.importorskip('openai')
@@ -37,7 +38,7 @@ LOG = []  # what the server that was started last writes to stderr
 
 
 class serving:
-    """lyregpt/serve.py at work on any free port: `with serving(out_dir, …) as address`."""
+    """The server at work on any free port: `with serving(out_dir, …) as address`."""
 
     def __init__(self, out_dir, *words, **env):
         self.model = bool(out_dir)
@@ -193,7 +194,7 @@ def test_prompts_of_every_kind(client, name, trained):
 
 
 def test_logprobs_score_a_prompt(client, name, trained):
-    """As evaluation harnesses ask: nothing written, the prompt's own probabilities; those of one forward pass."""
+    """As evaluation harnesses ask: no new tokens, the prompt's probabilities in a forward pass."""
     path, state = checkpoint.load_from(str(trained))
     model, tokenizer = (
         checkpoint.build_model(state, path, dropout=0.0).eval(),
@@ -428,7 +429,8 @@ def test_no_path_reaches_the_file_system(server, trained, tmp_path):
             ('127.0.0.1', int(server.rsplit(':', 1)[1])), timeout=10
         ) as raw:  # no client that tidies the path
             raw.sendall(
-                f'GET /runs/{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'.encode()
+                f'GET /runs/{path} HTTP/1.1\r\nHost: localhost\r\n'.encode()
+                + b'Connection: close\r\n\r\n'
             )
             assert raw.makefile('rb').readline().split()[1] in (b'404', b'400', b'307'), path
     secret = tmp_path / 'secret'
@@ -445,7 +447,7 @@ def test_no_path_reaches_the_file_system(server, trained, tmp_path):
 
 def test_broken_runs(tmp_path):
     """Whatever lies in the folders, the others can be watched."""
-    rows = 'step,tokens,seconds,train_loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,mfu\n10,100,1,4.5,,,0.1,1,99,0.1\n'
+    rows = ','.join(METRICS) + '\n10,100,1,4.5,,,0.1,1,99,0.1\n'
     for name, content in {
         'good': rows.encode(),
         'zeros': rows.encode() + b'\0' * 200_000,
@@ -490,7 +492,7 @@ def test_the_runs(server, trained):
 
 
 def test_schemathesis_finds_no_500(server, tmp_path):
-    """Requests made from the schema, valid and broken; a long round: `python -m pytest -m long tests/test_serve.py`."""
+    """Requests made from the schema, valid and broken; more of them with `pytest -m long`."""
     fuzz(server, tmp_path, 'fuzzing', 20)
 
 
@@ -519,7 +521,7 @@ def fuzz(server, folder, phases, examples):
 
 
 def test_key_and_end(trained):
-    """Without the key there is nothing but the page and /health; Ctrl-C ends streams and the program."""
+    """Without the key only the page and /health answer; Ctrl-C ends streams and the program."""
     starting = serving(trained, LYREGPT_API_KEY='open sesame')
     with starting as address:
         assert (
