@@ -283,7 +283,9 @@ def read_lines(path: str) -> list[str]:
     """The lines of a file; [] if it is not complete: it must end with a line break."""
     with open(path, encoding='utf-8') as f:
         *lines, last = f.read().split('\n')
-    return lines if not last else []
+    if last:
+        return []
+    return lines
 
 
 def remove_others(folder: str, name: str) -> None:
@@ -444,7 +446,9 @@ def bare(folded: str) -> str:
 
     The parts of a word, bare, make up the bare word.
     """
-    return folded if folded.isascii() else MARKS.sub('', unicodedata.normalize('NFD', folded))
+    if folded.isascii():
+        return folded
+    return MARKS.sub('', unicodedata.normalize('NFD', folded))
 
 
 def look(raw: bytes) -> tuple[int, str, bytes, bool]:
@@ -458,7 +462,7 @@ def look(raw: bytes) -> tuple[int, str, bytes, bool]:
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(raw)
     words = WORD.findall(text)
-    lead = text[: text.index(words[0])] if words else text
+    lead = WORD.split(text, maxsplit=1)[0]
     marks = MARKS.match(lead)
     way = APART
     if not lead:

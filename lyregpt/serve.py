@@ -818,7 +818,9 @@ def main() -> None:
     )
     if not os.path.isdir(config.runs_dir):
         raise UserError(f'runs_dir={config.runs_dir}: no such folder')
-    family = socket.AF_INET6 if ':' in config.host else socket.AF_INET
+    family, host = socket.AF_INET, config.host.replace('0.0.0.0', '127.0.0.1')
+    if ':' in host:
+        family, host = socket.AF_INET6, f'[{host}]'
     try:  # from now on clients wait instead of being refused
         listening = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
@@ -830,8 +832,6 @@ def main() -> None:
     with listening:
         service = Service(config) if config.out_dir else None
         app = make_app(config, service)
-        host = f'[{config.host}]' if ':' in config.host else config.host
-        host = host.replace('0.0.0.0', '127.0.0.1')
         address = f'http://{host}:{listening.getsockname()[1]}'
         print(f'open {address} for the page; the API is at {address}/v1; Ctrl-C ends', flush=True)
         if config.host not in LOCAL and not config.api_key:
