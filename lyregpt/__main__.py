@@ -50,7 +50,10 @@ def run_command() -> None:
         check_name(command, COMMANDS, kind='command')
         sys.argv[0:2] = [f'lyregpt {command}']
         module, _ = COMMANDS[command]
-        importlib.import_module(module).main()
+        arguments = []
+        if command == 'convert-config':
+            arguments = [importlib.import_module('train').TrainConfig]
+        importlib.import_module(module).main(*arguments)
 
 
 if __name__ == '__main__':

@@ -139,15 +139,13 @@ def convert_file(old: str, new: str, options: type) -> dict[str, Any]:
     return values
 
 
-def main() -> None:
-    """Run the command `convert-config`."""
+def main(options: type) -> None:
+    """Run the command `convert-config` for the dataclass `options`, that of train.py."""
     parser = argparse.ArgumentParser(
         prog=sys.argv[0], description="Convert another project's config to one for train.py."
     )
     parser.add_argument('old', help='a .json, .yaml or .yml file, nested or flat')
     parser.add_argument('new', help='the file to write: .json, .yaml, .yml or .py')
     args = parser.parse_args()
-    from train import TrainConfig
-
-    values = convert_file(args.old, args.new, TrainConfig)
+    values = convert_file(args.old, args.new, options)
     print(f'wrote {args.new}: {len(values)} options; to use it: python train.py {args.new}')

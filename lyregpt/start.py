@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from configurator import UserError, given
-from lyregpt import checkpoint, threads
+from lyregpt import ROOT, checkpoint, threads
 from lyregpt.dataset import folder_of, read_tokenizer
 from lyregpt.device import put
 from lyregpt.distributed import Distributed, init_sharded_weights, job_name, shard
@@ -177,10 +177,12 @@ def prepared_folder(start: Start) -> str:
     config = start.config
     folder = folder_of(config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
+    if not os.path.exists(script):
+        script = os.path.join(ROOT, script)
     if not has_training_split(folder):
         if not os.path.isfile(script):
             raise UserError(
-                f'dataset={config.dataset}: neither {folder}/train.bin nor {script} exists; '
+                f'dataset={config.dataset}: neither {folder}/train.bin nor its prepare.py exists; '
                 'data/text/prepare.py makes a dataset of your own files'
             )
         if start.resumes and not {'dataset', 'prepare'} & given(config):
