@@ -19,7 +19,7 @@ gpu-check:  # installs nothing; make gpu-check ARGS=--device=cpu
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py $(ARGS)
 
 docs-check: install-dev  # runs every block of every page (minutes); make test runs the quick ones
-	$(BIN)/python docs/validation/check_docs.py
+	$(BIN)/python tests/docs_check.py
 
 notebooks: install-dev
 	$(BIN)/python notebooks/run.py
