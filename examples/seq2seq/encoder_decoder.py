@@ -1,19 +1,15 @@
-"""The original Transformer (Vaswani et al. 2017): an encoder reads a source, a decoder writes what answers it.
-
-The parts are model.py's: attention, MLP, norms, the KV cache. New here are the cross-attention, by which every token of the answer
-looks at the source, norms behind the sum (or before it, as in the GPT), and beam search. examples/seq2seq/train_seq2seq.py trains one on lines of verse.
+"""The original Transformer (Vaswani et al. 2017): an encoder reads a source, a decoder answers it.
 
     model = EncoderDecoder(EncoderDecoderConfig(vocab_size=100, n_layer=2, n_embd=64, n_head=4))
-    loss = model(source, idx, targets)                      # mean, in nats per token
-    best = model.beam(source, eot=0, max_new_tokens=20)     # per row the likeliest answers
+    loss = model(source, idx, targets)                          # mean, in nats per token
+    best = model.eval().beam(source, eot=0, max_new_tokens=20)  # the likeliest answers, per row
 
-Shapes in comments: B rows, S tokens of source, T of answer, C = n_embd, H heads of D = head_dim, V the vocabulary. Rows of a batch may
-differ in length: behind their ends stands -1, in sources, where it is masked, as in targets, where it costs nothing.
+Attention, MLP, norms and KV cache are model.py's. Cross-attention and beam search are new here.
+train_seq2seq.py trains a model on lines of verse. Shapes: B rows, S tokens of a source, T of an
+answer, C = n_embd, D = head_dim, V the vocabulary. Rows that are shorter are padded with -1.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,9 +31,9 @@ from model import (
 
 @dataclass
 class EncoderDecoderConfig(GPTConfig):
-    """The shape; the defaults are the paper's base model. Raises ValueError, with the field's name, for a bad value."""
+    """The shape; the defaults are the paper's base model. Raises ValueError."""
 
-    block_size: int = 512  # most tokens of a source, and of an answer
+    block_size: int = 512  # the most tokens of a source, and of an answer
     vocab_size: int = 37000  # sources and answers share it
     n_layer: int = 6  # of the encoder, and as many of the decoder
     n_head: int = 8
@@ -46,68 +42,55 @@ class EncoderDecoderConfig(GPTConfig):
     bias: bool = True
     position: str = 'sinusoidal'
     mlp: str = 'relu'
-    norm_first: bool = False  # False: norm(x + layer(x)), the paper's; True: x + layer(norm(x)), the GPT's (Xiong et al. 2020)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.position != 'sinusoidal' or not self.tie_weights:
-            raise ValueError(
-                "an encoder–decoder has position='sinusoidal' and tie_weights=True here, as in the paper"
-            )
+    # False: norm(x + layer(x)), as in the paper; True: x + layer(norm(x)), as in the GPT
+    # (Xiong et al. 2020)
+    norm_first: bool = False
 
 
 class CrossAttention(nn.Module):
-    """Every token of the answer looks at the whole source: queries from the decoder, keys and values from the encoder's output."""
+    """Attention to the source: queries from the decoder, keys and values from the encoder."""
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.dropout, self.head_dim = config.dropout, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
-        self.c_kv = Linear(
-            config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=config.bias
-        )
-        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        width = self.n_head * self.head_dim
+        self.c_q = Linear(config.n_embd, width, bias=config.bias)
+        self.c_kv = Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=config.bias)
+        self.c_proj = Linear(width, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (
-            RMSNorm(self.head_dim) if config.qk_norm else nn.Identity() for _ in 'qk'
+            RMSNorm(self.head_dim) if config.qk_norm else nn.Identity() for _ in range(2)
         )
 
     def keys_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, n_kv_head, S, D) of what the encoder made (B, S, C): once for a source, however long the answer grows."""
-        k, v = (
-            self.c_kv(source)
-            .view(*source.shape[:2], 2 * self.n_kv_head, self.head_dim)
-            .transpose(1, 2)
-            .chunk(2, dim=1)
-        )
+        """Keys and values (B, n_kv_head, S, D) of the encoder's output (B, S, C)."""
+        kv = self.c_kv(source).view(*source.shape[:2], 2 * self.n_kv_head, self.head_dim)
+        k, v = kv.transpose(1, 2).chunk(2, dim=1)
         return self.k_norm(k), v
 
     def forward(
         self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """x (B, T, C), looking at the memory → (B, T, C)."""
+        """x (B, T, C) and the source's keys and values → (B, T, C)."""
         B, T, _ = x.shape
         q = self.q_norm(self.c_q(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head
         )
-        return F.dropout(
-            self.c_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training
-        )
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class Memory(NamedTuple):
-    """What the decoder needs to know of the sources, computed once."""
+    """What the decoder needs of the sources, computed once."""
 
-    keys_values: list[
-        tuple[torch.Tensor, torch.Tensor]
-    ]  # of each decoder block, (B, n_kv_head, S, D)
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # per layer, (B, n_kv_head, S, D)
     mask: torch.Tensor  # (B, 1, 1, S): True where there is a token
 
 
 class Block(nn.Module):
-    """Self-attention, in a decoder cross-attention, MLP, each with a sum around it and a norm."""
+    """Self-attention, in a decoder cross-attention, and MLP, each with a residual and a norm."""
 
     def __init__(self, config: EncoderDecoderConfig, layer: int, decoder: bool):
         super().__init__()
@@ -117,6 +100,12 @@ class Block(nn.Module):
             self.ln_cross, self.cross = make_norm(config, config.n_embd), CrossAttention(config)
         self.ln_2, self.mlp = make_norm(config, config.n_embd), MLP(config)
 
+    def residual(self, x: torch.Tensor, norm: Any, layer: Any, *args: Any) -> torch.Tensor:
+        """A layer with its residual connection and its norm."""
+        if self.norm_first:
+            return x + layer(norm(x), *args)
+        return norm(x + layer(x, *args))
+
     def forward(
         self,
         x: torch.Tensor,
@@ -124,67 +113,57 @@ class Block(nn.Module):
         memory: Memory | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """x (B, T, C). An encoder's `mask` lets all tokens see all that are none of padding; a decoder's is None: causal."""
-        first = self.norm_first
-        x = (
-            x + self.attn(self.ln_1(x), None, mask, cache)
-            if first
-            else self.ln_1(x + self.attn(x, None, mask, cache))
-        )
+        """x (B, T, C) → (B, T, C). An encoder's `mask` hides padding; a decoder is causal."""
+        x = self.residual(x, self.ln_1, self.attn, None, mask, cache)
         if memory is not None:
             k, v = memory.keys_values[self.layer]
-            x = (
-                x + self.cross(self.ln_cross(x), k, v, memory.mask)
-                if first
-                else self.ln_cross(x + self.cross(x, k, v, memory.mask))
-            )
-        return x + self.mlp(self.ln_2(x)) if first else self.ln_2(x + self.mlp(x))
+            x = self.residual(x, self.ln_cross, self.cross, k, v, memory.mask)
+        return self.residual(x, self.ln_2, self.mlp)
 
 
 class Answer(NamedTuple):
-    """What was written to a source: its ids, with the end if it came, and the natural logarithm of its probability."""
+    """An answer: its token ids, with the end if it came, and its log probability in nats."""
 
     ids: list[int]
     log_p: float
 
     def score(self, length_penalty: float) -> float:
-        """log_p / ((5 + length) / 6)^penalty (Wu et al. 2016, equation 14): every token costs, so without it short answers win."""
+        """log_p / ((5 + length) / 6)^penalty (Wu et al. 2016, equation 14).
+
+        Every token lowers log_p, so without a penalty short answers win.
+        """
         return self.log_p / ((5 + len(self.ids)) / 6) ** length_penalty
 
 
 class EncoderDecoder(nn.Module):
-    """`model(source, idx)` gives logits (B, T, V); `model(source, idx, targets)` the mean loss in nats per token."""
+    """The model; one table embeds sources and answers and is the output head too."""
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(
-            config.vocab_size, config.n_embd
-        )  # of sources and of answers, and the head
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = nn.ModuleList(Block(config, i, decoder=False) for i in range(config.n_layer))
         self.decoder: Any = nn.ModuleList(
             Block(config, i, decoder=True) for i in range(config.n_layer)
         )
-        # with norms first, what the blocks add up leaves them without one
+        # with norms first, the blocks' sum is not normalized yet
         self.ln_encoder, self.ln_decoder = (
             make_norm(config, config.n_embd) if config.norm_first else nn.Identity()
             for _ in range(2)
         )
         self.positions: torch.Tensor
-        self.register_buffer(
-            'positions', sinusoids(config.block_size, config.n_embd), persistent=False
-        )
+        positions = sinusoids(config.block_size, config.n_embd)
+        self.register_buffer('positions', positions, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        nn.init.normal_(
-            self.wte.weight, std=config.n_embd**-0.5
-        )  # times √C it is as large as the positions
+        # times √C, the embeddings are as large as the positions
+        nn.init.normal_(self.wte.weight, std=config.n_embd**-0.5)
 
     def embed(self, idx: torch.Tensor, past: int = 0) -> torch.Tensor:
-        """Token ids (B, T), the first at position `past`, as vectors (B, T, C). Raises ValueError beyond the context."""
+        """Token ids (B, T), the first at position `past`, → (B, T, C). Raises ValueError."""
         end = past + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(
@@ -194,7 +173,7 @@ class EncoderDecoder(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def read(self, source: torch.Tensor) -> Memory:
-        """What the decoder needs of the sources (B, S); each has at least one token, then -1 up to the length of the longest."""
+        """Run the encoder on sources (B, S), each of at least one token, padded with -1."""
         mask = (source >= 0)[:, None, None]
         x = self.embed(source)
         for block in self.encoder:
@@ -205,7 +184,7 @@ class EncoderDecoder(nn.Module):
     def logits(
         self, idx: torch.Tensor, memory: Memory, cache: KVCache | None = None
     ) -> torch.Tensor:
-        """Logits (B, T, V) of what follows each of the answers' tokens idx (B, T), which stand behind what the cache holds."""
+        """Logits (B, T, V) for the tokens after idx (B, T), which follow those in the cache."""
         x = self.embed(idx, cache.length if cache else 0)
         for block in self.decoder:
             x = block(x, None, memory, cache)
@@ -220,10 +199,10 @@ class EncoderDecoder(nn.Module):
         targets: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Logits (B, T, V); or, given targets (B, T) with -1 for "none", the mean loss, a scalar.
+        """Logits (B, T, V); or, given targets (B, T) padded with -1, the mean loss in nats.
 
-        idx (B, T) are the targets shifted right, behind a token that begins them. With `label_smoothing` that share of the
-        target's probability is spread over the vocabulary (Szegedy et al. 2016): no longer nats per token of the text.
+        idx (B, T) are the targets shifted right, after a start token. `label_smoothing` spreads
+        that part of a target's probability over the vocabulary (Szegedy et al. 2016).
         """
         logits = self.logits(idx, self.read(source))
         if targets is None:
@@ -235,57 +214,11 @@ class EncoderDecoder(nn.Module):
             label_smoothing=label_smoothing,
         )
 
-    # -------------------------------------------------------------------------
-    # Writing
-
-    @contextlib.contextmanager
-    def writing(
-        self, source: torch.Tensor, width: int, max_new_tokens: int
-    ) -> Iterator[tuple[Memory, KVCache]]:
-        """The sources read, `width` times each, and an empty cache, with dropout and gradients off. Raises ValueError."""
-        if not 1 <= max_new_tokens <= self.config.block_size:
-            raise ValueError(
-                f'max_new_tokens={max_new_tokens}: expected 1 to block_size={self.config.block_size}'
-            )
-        if width < 1:
-            raise ValueError(f'width={width}: expected at least 1')
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                read = self.read(source)
-                times = [
-                    (k.repeat_interleave(width, 0), v.repeat_interleave(width, 0))
-                    for k, v in read.keys_values
-                ]
-                weight = self.wte.weight
-                cache = KVCache(
-                    self.config, len(source) * width, max_new_tokens, weight.device, weight.dtype
-                )
-                yield Memory(times, read.mask.repeat_interleave(width, 0)), cache
-        finally:
-            self.train(was_training)
-
     def greedy(self, source: torch.Tensor, eot: int, max_new_tokens: int) -> list[Answer]:
-        """One answer a source (B, S): always the likeliest next token, until it is `eot`, which also stands before the first."""
-        with self.writing(source, 1, max_new_tokens) as (memory, cache):
-            tokens = torch.full((len(source),), eot, device=source.device)
-            log_p = torch.zeros(len(source), device=source.device)
-            running = torch.ones_like(tokens, dtype=torch.bool)
-            written: list[torch.Tensor] = []
-            while running.any() and len(written) < max_new_tokens:
-                best, tokens = (
-                    self.logits(tokens[:, None], memory, cache)[:, -1]
-                    .float()
-                    .log_softmax(dim=-1)
-                    .max(dim=-1)
-                )
-                log_p += torch.where(running, best, 0.0)
-                written.append(torch.where(running, tokens, -1))
-                running &= tokens != eot
-            rows = torch.stack(written, dim=1).tolist()
-        return [Answer([t for t in row if t >= 0], p) for row, p in zip(rows, log_p.tolist())]
+        """One answer per source (B, S): always the likeliest next token, until it is `eot`."""
+        return [best for (best,) in self.beam(source, eot, max_new_tokens, width=1)]
 
+    @torch.inference_mode()
     def beam(
         self,
         source: torch.Tensor,
@@ -294,54 +227,45 @@ class EncoderDecoder(nn.Module):
         width: int = 4,
         length_penalty: float = 0.6,
     ) -> list[list[Answer]]:
-        """The `width` best answers found to each source (B, S), by their scores; `width=1` is greedy.
+        """The `width` best answers found for each source (B, S), by score. Call `eval()` before.
 
-        In every step each of a row's beams is continued with every token, and of these candidates the likeliest go on. Those among
-        the first `width` that end are answers; when there are `width` of them, the row is done. What has not ended after
-        `max_new_tokens` counts as it stands.
+        In every step, each beam of a row is continued with every token, and the likeliest of these
+        candidates are kept. Those among the first `width` that end are answers; with `width`
+        answers, the row is done. Beams that have not ended after `max_new_tokens` count as well.
         """
-        B, V = len(source), self.config.vocab_size
+        B, V, device = len(source), self.config.vocab_size, source.device
+        memory = self.read(source.repeat_interleave(width, 0))
+        dtype = self.wte.weight.dtype
+        cache = KVCache(self.config, B * width, max_new_tokens, device, dtype)
         done: list[list[Answer]] = [[] for _ in range(B)]
-        with self.writing(source, width, max_new_tokens) as (memory, cache):
-            written = torch.full((B, width, 1), eot, device=source.device)
-            log_p = torch.full((B, width), -math.inf, device=source.device)
-            log_p[:, 0] = 0  # all beams begin alike, so one begins
-            for _ in range(max_new_tokens):
-                step = (
-                    self.logits(written[..., -1].view(-1, 1), memory, cache)[:, -1]
-                    .float()
-                    .log_softmax(dim=-1)
-                )
-                total = log_p[..., None] + step.view(B, width, V)
-                # a beam ends in one way only: of twice as many candidates at least `width` go on
-                chance, place = total.flatten(1).topk(min(2 * width, width * V))
-                parent, token = place // V, place % V
-                longer = torch.cat(
-                    (
-                        written.gather(1, parent[..., None].expand(-1, -1, written.size(2))),
-                        token[..., None],
-                    ),
-                    dim=2,
-                )
-                ended = token == eot
-                for row, i in ended[:, :width].nonzero().tolist():
-                    if len(done[row]) < width and chance[row, i] > -math.inf:
-                        done[row].append(Answer(longer[row, i, 1:].tolist(), float(chance[row, i])))
-                if all(len(answers) == width for answers in done):
-                    break
-                log_p, on = chance.masked_fill(ended, -math.inf).topk(width)
-                written = longer.gather(1, on[..., None].expand(-1, -1, longer.size(2)))
-                parents = (
-                    parent.gather(1, on) + width * torch.arange(B, device=source.device)[:, None]
-                )
-                cache.data = cache.data[
-                    :, :, parents.flatten()
-                ]  # a beam goes on with its parent's keys and values
-            for answers, rows, chances in zip(done, written[..., 1:].tolist(), log_p.tolist()):
-                answers += [Answer(ids, p) for ids, p in zip(rows, chances) if p > -math.inf][
-                    : width - len(answers)
-                ]
-        return [
-            sorted(answers, key=lambda answer: answer.score(length_penalty), reverse=True)
-            for answers in done
-        ]
+        ids = torch.full((B, width, 1), eot, device=device)
+        log_p = torch.full((B, width), -math.inf, device=device)
+        log_p[:, 0] = 0  # all beams are equal at first, so only one counts
+        for _ in range(max_new_tokens):
+            step = self.logits(ids[..., -1].view(-1, 1), memory, cache)[:, -1].float()
+            total = log_p[..., None] + step.log_softmax(dim=-1).view(B, width, V)
+            # a beam can end in one way only, so at least half of these candidates continue
+            total, index = total.flatten(1).topk(min(2 * width, width * V))
+            parent, token = index // V, index % V
+            ids = torch.cat((take(ids, parent), token[..., None]), dim=2)
+            ended = token == eot
+            for row, i in ended[:, :width].nonzero().tolist():
+                if len(done[row]) < width and total[row, i] > -math.inf:
+                    done[row].append(Answer(ids[row, i, 1:].tolist(), float(total[row, i])))
+            if all(len(answers) == width for answers in done):
+                break
+            log_p, kept = total.masked_fill(ended, -math.inf).topk(width)
+            ids = take(ids, kept)
+            # a beam continues with the keys and values of its parent
+            rows = parent.gather(1, kept) + width * torch.arange(B, device=device)[:, None]
+            cache.data = cache.data[:, :, rows.flatten()]
+        for answers, beams, values in zip(done, ids[..., 1:].tolist(), log_p.tolist()):
+            unfinished = [Answer(beam, p) for beam, p in zip(beams, values) if p > -math.inf]
+            answers += unfinished[: width - len(answers)]
+            answers.sort(key=lambda answer: answer.score(length_penalty), reverse=True)
+        return done
+
+
+def take(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The beams (B, n, T) of `ids` (B, width, T) that `index` (B, n) names."""
+    return ids.gather(1, index[..., None].expand(-1, -1, ids.size(2)))
