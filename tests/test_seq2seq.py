@@ -499,6 +499,9 @@ def test_gpt_tools_say_whose_checkpoint_it_is(songs, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match='is an encoder–decoder'):
         checkpoint.main()
+    assert 'encoder–decoder' in checkpoint.inspect(
+        str(out / 'ckpt.pt'), checkpoint.load(str(out / 'ckpt.pt'))
+    )
     assert not (tmp_path / 'parts').exists()
     assert files == {path: path.read_bytes() for path in out.iterdir()}, 'nothing was touched'
 

@@ -1,4 +1,6 @@
-"""docs/concepts/simulate.py: its counts against the model's own, its traffic against a ring played by hand, its tables against the document."""
+"""docs/concepts/simulate.py: counts beside the model's own, traffic beside a ring simulated by hand,
+tables beside the document.
+"""
 
 import os
 import sys
@@ -11,7 +13,15 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, 'docs', 'concepts'))
 import simulate  # noqa: E402
-from simulate import Run, errors, flops_per_token, memory, num_params, ring_bytes, step_time  # noqa: E402
+from simulate import (  # noqa: E402
+    Run,
+    errors,
+    flops_per_token,
+    memory,
+    num_params,
+    ring_bytes,
+    step_time,
+)
 
 LLAMA = dict(
     arch='modern', n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_ff=2816, vocab_size=32000
@@ -56,7 +66,7 @@ def test_counts_are_the_models_own(run, config):
 
 @pytest.mark.parametrize('n', [2, 3, 8])
 def test_traffic_is_that_of_a_ring(n):
-    """n processes with n pieces each, passed on to the right: n - 1 turns that add up, n - 1 that hand the sums round."""
+    """n processes with n pieces each: n - 1 turns to the right add up, n - 1 pass the sums on."""
     pieces, sent = [[10**p] * n for p in range(n)], [0] * n
     for turn in range(2 * (n - 1)):
         moving = [(p, (p - turn) % n, pieces[p][(p - turn) % n]) for p in range(n)]
@@ -72,7 +82,7 @@ def test_traffic_is_that_of_a_ring(n):
 @pytest.mark.parametrize('parallel', ['ddp', 'zero1', 'fsdp'])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_with_more_gpus_only_communication_grows(parallel, optimizer):
-    """The same windows for each GPU: compute stays, and what a step loses stands under exposed, slowed or Muon's all-to-all."""
+    """With the same sequences per GPU, compute stays, and only communication takes longer."""
     before = None
     for gpus in (1, 2, 8, 16, 64, 512, 1024):
         t = step_time(
