@@ -199,7 +199,7 @@ class RunState:
 
     @classmethod
     def at_start(cls, start: Start, optimizers: Optimizers) -> 'RunState':
-        """A new state, or a resumed run's, with the optimizers' states loaded; frees the checkpoint."""
+        """A new state, or a resumed run's with the optimizers' states; frees the checkpoint."""
         saved, start.state = start.state, {}
         if not start.resumes:
             return cls()

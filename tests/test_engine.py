@@ -1,4 +1,4 @@
-"""The engine: rows that join and leave a batch write what they would write alone, to the last bit."""
+"""The engine: requests that join and leave a batch generate what they would generate alone."""
 
 import random
 import threading
@@ -61,7 +61,7 @@ class Running:
 
 
 def some_row(i):
-    """A row with options of its own; a few prompts are longer than the context, and most texts outgrow it."""
+    """A request with options of its own; some prompts are longer than the context."""
     r = random.Random(i)
     return Request(
         [TOKENIZER.eot] + [r.randrange(90) for _ in range(r.randrange(1, 150))],
@@ -103,7 +103,7 @@ def generated(model, row):
     ],
 )
 def test_in_company_as_alone(arch, dtype, more):
-    """Rows that come and go at odd moments, read and reread, write to the last character what each writes alone."""
+    """Requests that come and go generate, to the last character, what each generates alone."""
     model = build(arch, dtype, **more)
     dice = random.Random(5)
     with Running(model, max_batch=12) as many:
@@ -173,7 +173,7 @@ def test_cancelled_rows_leave_at_once():
 
 
 def test_stop_texts():
-    """They end a text wherever they come to lie in the tokens, and nothing from them on is given out."""
+    """They end a text wherever they begin within the tokens, and are not returned themselves."""
     model = build()
     whole = generated(model, Request([1, 2], max_tokens=80, seed=3))
     stop = whole[40:43]

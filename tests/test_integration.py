@@ -1,6 +1,6 @@
 """From a site to a server, with the real scripts as processes, each on what the one before it left:
 
-scrape → build → prepare → train, killed and resumed → sample → export → serve.      python -m pytest tests/test_integration.py
+scrape → build → prepare → train, killed and resumed → sample → export → serve.
 """
 
 import contextlib
@@ -87,8 +87,10 @@ def test_from_a_site_to_a_server(tmp_path):
     )
 
     # A model: killed without a word in the midst of training, then resumed
-    shape = '--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1'.split()
-    speed = '--learning_rate=1e-2 --warmup_iters=2 --lr_decay_iters=40 --eval_interval=40 --checkpoint_interval=5 --log_interval=1 --device=cpu'.split()
+    shape = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch_size=8']
+    shape.append('--gradient_accumulation_steps=1')
+    speed = ['--learning_rate=1e-2', '--warmup_iters=2', '--lr_decay_iters=40', '--device=cpu']
+    speed += ['--eval_interval=40', '--checkpoint_interval=5', '--log_interval=1']
     words = [
         'train.py',
         f'--dataset={data}',

@@ -295,7 +295,7 @@ def test_foreign_folders(tmp_path, name, content, message):
 
 
 def naive(model, prompt, n, **options):
-    """The whole context through the model for every token, one row at a time: what the cached way must equal."""
+    """Generation without a cache, one row at a time: what the cached generation must equal."""
     row, out, dice = list(prompt), [], torch.Generator().manual_seed(options.pop('seed', 1337))
     chances = torch.rand(64, generator=dice)
     size = model.config.block_size
@@ -475,7 +475,7 @@ def test_quantize_kinds_that_cannot_be():
 
 @pytest.mark.parametrize('changes', [dict(arch='modern', n_kv_head=2), dict(arch='gpt2')])
 def test_compiled_step_writes_the_same(changes, monkeypatch):
-    """The static cache, through torch.compile's real tracing; its slow code generation is left to the long round."""
+    """The static cache through torch.compile's tracing; a long test has its code generation, too."""
     compile = torch.compile
     monkeypatch.setattr(
         torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True)
@@ -502,7 +502,7 @@ def test_compiled_step_for_real():
 
 @pytest.mark.parametrize('changes', [dict(arch='gpt2'), dict(arch='modern')])
 def test_bfloat16_training_on_a_cpu_has_autocasts_gradients(changes, monkeypatch):
-    """Our linear layer casts its weights anew for the backward pass; the gradients are those of nn.Linear under autocast."""
+    """The gradients of our linear layer, which casts its weights again, are nn.Linear's."""
 
     def gradients():
         model = random_model(**changes)

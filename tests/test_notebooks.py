@@ -1,4 +1,4 @@
-"""The notebooks run to their end, and what is committed is what a run from the first cell to the last shows."""
+"""The notebooks run to their end, and the committed outputs are those of a complete run."""
 
 import getpass
 import re
@@ -22,7 +22,7 @@ def test_all_are_here():
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
-    """Each cell of a small run works, its asserts hold, and it shows something wherever the committed one does."""
+    """Each cell of a small run works, and has outputs wherever the committed one does."""
     monkeypatch.setenv('LYREGPT_SMALL', '1')
     before = {p.name for p in ROOT.iterdir()} | {'__pycache__'}, path.read_bytes()
     done = execute(path)
@@ -45,7 +45,7 @@ def test_runs(path, monkeypatch):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed(path):
-    """Run as a whole and in order, with outputs and without errors, machine's names or dates; of a size that a page can load."""
+    """Run in order, with outputs, without errors, machine names or dates, and not too large."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [c for c in notebook.cells if c.cell_type == 'code']

@@ -116,7 +116,7 @@ def test_resume_equals_the_unbroken_run(chars, tmp_path, more):
 
 
 def test_kill_at_any_instant_then_resume(chars, tmp_path):
-    """kill -9 while it trains and saves; what is on disk always loads, and the end is the unbroken run's."""
+    """kill -9 while it trains and saves: the files always load, and the end is the unbroken run's."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     settings = ['--max_iters=300', '--eval_interval=10', '--lr_decay_iters=300']
     train(tiny(chars, whole, *settings))
@@ -231,7 +231,8 @@ def test_a_batch_that_cannot_be_shared(chars, tmp_path):
     assert (
         done.returncode
         and done.stderr.count(
-            'train.py: error: batch_size × gradient_accumulation_steps = 1 sequences per step are fewer than the 2 processes'
+            'train.py: error: batch_size × gradient_accumulation_steps = 1 sequences per step are '
+            'fewer than the 2 processes'
         )
         == 1
     )
@@ -937,7 +938,8 @@ def test_batch_size_auto(chars, tmp_path):
 def test_a_compiler_that_fails_is_told_and_left_out(chars, tmp_path):
     compiler = tmp_path / 'c++'
     compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho no room for the output >&2\nexit 1\n'
+        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
+        'echo no room for the output >&2\nexit 1\n'
     )
     compiler.chmod(0o755)
     words = command(chars, tmp_path / 'o', '--compile=True', '--max_iters=3')
