@@ -1,6 +1,7 @@
-"""The pictures of the documentation, drawn by code: python docs/pictures.py writes docs/pictures/*.svg, byte by byte the same each time.
+"""The documentation's pictures: python docs/pictures.py draws docs/pictures/*.svg.
 
-Two show a real run, whose figures lie beside them. To measure these anew (a minute or two), then draw:
+Drawing gives the same bytes each time. Two pictures show a real run; their data is beside them. To
+measure it anew (a minute or two), then draw:
 
 python data/darklyrics/prepare.py
 python train.py config/train_darklyrics.py --log_interval=5 --eval_interval=25
@@ -38,18 +39,10 @@ from lyregpt import checkpoint  # noqa: E402
 from train import TrainConfig, learning_rate  # noqa: E402
 
 FOLDER = os.path.join(HERE, 'pictures')
-METRICS, ATTENTION = (
-    os.path.join(FOLDER, 'darklyrics-metrics.csv'),
-    os.path.join(FOLDER, 'darklyrics-attention.json'),
-)
-BLUE, ORANGE, GREEN, RED, GREY, INK = (
-    '#4c78a8',
-    '#f58518',
-    '#54a24b',
-    '#e45756',
-    '#9a9a9a',
-    '#222222',
-)
+METRICS = os.path.join(FOLDER, 'darklyrics-metrics.csv')
+ATTENTION = os.path.join(FOLDER, 'darklyrics-attention.json')
+BLUE, ORANGE, GREEN, RED = '#4c78a8', '#f58518', '#54a24b', '#e45756'
+GREY, DARK, INK = '#9a9a9a', '#555555', '#222222'
 PALE = {BLUE: '#dbe7f3', ORANGE: '#fde5cc', GREEN: '#dcefd9', RED: '#f9dcdc', GREY: '#ececec'}
 STYLE: Any = {
     'svg.hashsalt': 'lyregpt',  # ids in the file are drawn from it: the same bytes each time
@@ -65,17 +58,15 @@ STYLE: Any = {
 @dataclass
 class PicturesConfig:
     out: str = FOLDER  # the folder to draw into
-    measure: str = (
-        ''  # first take the figures of the real run from this out_dir of config/train_darklyrics.py
-    )
+    measure: str = ''  # first measure the run of config/train_darklyrics.py in this out_dir
 
 
 # -----------------------------------------------------------------------------
-# Pens
+# Drawing
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of so many inches and an empty drawing area whose units are inches too."""
+    """A figure of this size in inches, and an empty drawing area whose units are inches too."""
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
@@ -105,38 +96,27 @@ def box(
         linewidth=1.3,
     )
     axes.add_patch(shape)
-    axes.text(
-        x + width / 2,
-        y + height / 2,
-        text,
-        ha='center',
-        va='center',
-        fontsize=size,
-        linespacing=1.35,
-        **more,
-    )
+    style = dict(ha='center', va='center', fontsize=size, linespacing=1.35)
+    axes.text(x + width / 2, y + height / 2, text, **style, **more)
 
 
-def arrow(
-    axes: Any, start: tuple[float, float], end: tuple[float, float], color: str = INK, **more: Any
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle='-|>',
-            mutation_scale=13,
-            linewidth=1.3,
-            color=color,
-            shrinkA=0,
-            shrinkB=0,
-            **more,
-        )
-    )
+def square(axes: Any, x: float, y: float, size: Any, fill: str, edge: str, **more: Any) -> None:
+    """A rectangle of this (width, height)."""
+    axes.add_patch(Rectangle((x, y), *size, facecolor=fill, edgecolor=edge, **more))
+
+
+def note(axes: Any, x: float, y: float, text: str, size: float = 9.5, **more: Any) -> None:
+    """A small text."""
+    axes.text(x, y, text, fontsize=size, **more)
+
+
+def arrow(axes: Any, start: Any, end: Any, color: str = INK, **more: Any) -> None:
+    shape: dict[str, Any] = dict(arrowstyle='-|>', mutation_scale=13, shrinkA=0, shrinkB=0)
+    axes.add_patch(FancyArrowPatch(start, end, linewidth=1.3, color=color, **shape, **more))
 
 
 def cells(axes: Any, rows: Any, columns: Any, color: Any) -> None:
-    """Squares in a grid, as one path: a small file, and no image, whose bytes would depend on other libraries."""
+    """Squares in a grid, as one path; the bytes of an image would depend on other libraries."""
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)])
     squares = np.stack((columns, rows), axis=1)[:, None] + corners
     axes.add_patch(
@@ -150,78 +130,40 @@ def cells(axes: Any, rows: Any, columns: Any, color: Any) -> None:
 
 
 # -----------------------------------------------------------------------------
-# The pictures, each a function that gives a figure
+# The pictures: each function returns a figure
 
 
 def rooms() -> Any:
     """The data's way through the scripts."""
     figure, axes = canvas(10, 4.7)
     for color, x, word in (BLUE, 6.4, 'a script'), (ORANGE, 7.6, 'what lies on disk'):
-        axes.add_patch(Rectangle((x, 4.32), 0.22, 0.18, facecolor=PALE[color], edgecolor=color))
-        axes.text(x + 0.3, 4.41, word, va='center', fontsize=10)
+        square(axes, x, 4.32, (0.22, 0.18), PALE[color], color)
+        note(axes, x + 0.3, 4.41, word, 10, va='center')
     top, low = 2.75, 0.9
-    box(axes, 0.25, top, 1.75, 1.1, 'words\n.txt, .md, .jsonl,\nweb pages', ORANGE, 10)
-    box(axes, 2.4, top, 2.0, 1.1, 'scrapers/\ngather and clean\n(lyrics only)', BLUE, 10)
-    box(
-        axes,
-        4.8,
-        top,
-        2.2,
-        1.1,
-        'data/…/prepare.py\ntokenizer.py: text → ids\ndataset.py: writes',
-        BLUE,
-        10,
-    )
-    box(
-        axes,
-        7.4,
-        top,
-        2.35,
-        1.1,
-        'data/…/\ntrain.bin, val.bin: ids\nmeta.json: tokenizer, counts',
-        ORANGE,
-        10,
-    )
+    loop = 'batch ← lyregpt/dataset.py\nloss ← model.py\nupdate ← lyregpt/optim.py'
+    files = 'ckpt.pt: resume from here\nbest.pt: generate with this\nmetrics.csv, train.log'
+    for x, y, width, height, text, color in (
+        (0.25, top, 1.75, 1.1, 'your text\n.txt, .md, .jsonl,\nweb pages', ORANGE),
+        (2.4, top, 2.0, 1.1, 'scrapers/\ncollect and clean\n(lyrics only)', BLUE),
+        (4.8, top, 2.2, 1.1, 'data/…/prepare.py\nlyregpt/tokenizer.py\nlyregpt/dataset.py', BLUE),
+        (7.4, top, 2.35, 1.1, 'data/…/\ntrain.bin, val.bin: ids\nmeta.json: tokenizer', ORANGE),
+        (7.0, low - 0.35, 2.75, 1.45, f'train.py\n{loop}', BLUE),
+        (3.95, low - 0.35, 2.55, 1.45, f'out-…/\n{files}', ORANGE),
+        (0.25, 1.6, 3.0, 0.42, 'sample.py: generate, at a prompt', BLUE),
+        (0.25, 1.08, 3.0, 0.42, 'lyregpt/serve.py: a page, an API', BLUE),
+        (0.25, 0.56, 3.0, 0.42, 'lyregpt/export.py: for other tools', BLUE),
+    ):
+        box(axes, x, y, width, height, text, color, 10)
     for x, end in (2.0, 2.4), (4.4, 4.8), (7.0, 7.4):
         arrow(axes, (x, top + 0.55), (end, top + 0.55))
-    arrow(
-        axes, (1.1, top + 1.1), (5.9, top + 1.1), connectionstyle='arc3,rad=-0.12'
-    )  # your own words need no scraper
-    axes.text(3.5, 4.27, 'your own words', ha='center', fontsize=9.5, color='#555555')
-    box(
-        axes,
-        7.0,
-        low - 0.35,
-        2.75,
-        1.45,
-        'train.py\nbatch ← lyregpt/dataset.py\nloss ← model.py\nupdate ← lyregpt/optim.py',
-        BLUE,
-        10,
-    )
+    arrow(axes, (1.1, top + 1.1), (5.9, top + 1.1), connectionstyle='arc3,rad=-0.12')
+    note(axes, 3.5, 4.27, 'without a scraper', ha='center', color=DARK)
     arrow(axes, (8.6, top), (8.6, low + 1.1))
-    box(
-        axes,
-        3.95,
-        low - 0.35,
-        2.55,
-        1.45,
-        'out-…/\nckpt.pt: go on from here\nbest.pt: write with this\nmetrics.csv, train.log',
-        ORANGE,
-        10,
-    )
     arrow(axes, (7.0, low + 0.55), (6.5, low + 0.55))
     arrow(axes, (6.5, low - 0.1), (7.0, low - 0.1), GREY)
-    axes.text(6.75, low - 0.55, 'resume', ha='center', fontsize=9.5, color='#555555')
-    for i, text in enumerate(
-        (
-            'sample.py: write, at a prompt',
-            'lyregpt/serve.py: a page, an API',
-            'lyregpt/export.py: for other tools',
-        )
-    ):
-        y = low + 0.7 - 0.52 * i
-        box(axes, 0.25, y, 3.0, 0.42, text, BLUE, 10)
-        arrow(axes, (3.95, low + 0.38), (3.25, y + 0.21))
+    note(axes, 6.75, low - 0.55, 'resume', ha='center', color=DARK)
+    for y in 1.81, 1.29, 0.77:
+        arrow(axes, (3.95, low + 0.38), (3.25, y))
     return figure
 
 
@@ -233,7 +175,7 @@ def gpt() -> Any:
     rows = [
         (0.25, 'token ids', ORANGE, '(B, T)'),
         (1.2, 'wte: a row of the table for each id', BLUE, '(B, T, C)'),
-        (2.15, 'block 1', GREEN, '(B, T, C)'),
+        (2.15, 'block 1', GREEN, '(B, T, C)  …'),
         (3.1, 'block n_layer', GREEN, '(B, T, C)'),
         (4.05, 'ln_f: norm', GREY, '(B, T, C)'),
         (5.0, 'lm_head: a score for each token', BLUE, '(B, T, V)'),
@@ -243,67 +185,37 @@ def gpt() -> Any:
         box(axes, 0.2, y, 3.6, 0.55, text, color, 10.5)
         if i:
             arrow(axes, (2.0, rows[i - 1][0] + 0.55), (2.0, y))
-            axes.text(
-                2.12,
-                y - 0.2,
-                rows[i - 1][3] + ('  …' if i == 3 else ''),
-                va='center',
-                fontsize=9.5,
-                color='#555555',
-            )
-    axes.add_patch(
-        Rectangle(
-            (4.75, 0.25),
-            5.0,
-            6.25,
-            facecolor='#f6fbf5',
-            edgecolor=GREEN,
-            linewidth=1.3,
-            linestyle='--',
-        )
-    )
-    for y in (2.15, 2.7):
-        axes.plot(
-            [3.8, 4.75],
-            [y if y == 2.15 else 2.7, 0.25 if y == 2.15 else 6.5],
-            color=GREEN,
-            linewidth=1,
-            linestyle=':',
-        )
+            note(axes, 2.12, y - 0.2, rows[i - 1][3], va='center', color=DARK)
+    square(axes, 4.75, 0.25, (5.0, 6.25), '#f6fbf5', GREEN, linewidth=1.3, linestyle='--')
+    for start, end in (2.15, 0.25), (2.7, 6.5):
+        axes.plot([3.8, 4.75], [start, end], color=GREEN, linewidth=1, linestyle=':')
     spine, left = 5.25, 6.0
     arrow(axes, (spine, 0.4), (spine, 6.4), GREEN)
-    axes.text(
+    note(
+        axes,
         spine + 0.12,
         0.45,
         'x (B, T, C): the residual stream',
-        fontsize=10,
+        10,
         va='center',
         color='#3a7a33',
     )
-    for low, parts in (
-        (
-            0.95,
-            [
-                'ln_1: norm',
-                'c_attn: q, k, v (B, H, T, D)\nattention: shares (T, T), only backwards',
-                'c_proj: the heads together',
-            ],
-        ),
-        (
-            3.7,
-            [
-                'ln_2: norm',
-                'c_fc: widen to n_ff, bend (SwiGLU);\neach token by itself',
-                'c_proj: narrow again',
-            ],
-        ),
-    ):
-        heights = (0.42, 0.72, 0.42)
+    attention = [
+        'ln_1: norm',
+        'c_attn: q, k, v (B, H, T, D)\nattention: shares (T, T), only backwards',
+        'c_proj: the heads together',
+    ]
+    mlp = [
+        'ln_2: norm',
+        'c_fc: widen to n_ff, bend (SwiGLU);\neach token by itself',
+        'c_proj: narrow again',
+    ]
+    for low, parts in (0.95, attention), (3.7, mlp):
         y = low
         arrow(axes, (spine, y + 0.21), (left, y + 0.21))
-        for text, color, height in zip(parts, (GREY, ORANGE, BLUE), heights):
+        for text, color, height in zip(parts, (GREY, ORANGE, BLUE), (0.42, 0.72, 0.42)):
             box(axes, left, y, 3.5, height, text, color, 10)
-            if height != heights[-1] or y == low:
+            if text != parts[-1]:
                 arrow(axes, (left + 1.75, y + height), (left + 1.75, y + height + 0.22))
             y += height + 0.22
         end = y - 0.22 - 0.21  # the middle of the last box
@@ -314,14 +226,14 @@ def gpt() -> Any:
             )
         )
         axes.text(spine, end, '+', ha='center', va='center', fontsize=12, zorder=4)
-    axes.text(
+    note(
+        axes,
         left + 1.75,
         6.12,
         'B texts, T tokens each, C = n_embd,\nH heads of D, V = vocabulary',
         ha='center',
         va='center',
-        fontsize=9.5,
-        color='#555555',
+        color=DARK,
     )
     return figure
 
@@ -339,12 +251,10 @@ def attention() -> Any:
     mask.text(5, 2, '−∞: may not see', ha='center', va='center')
     mask.set_title('the mask', fontsize=12)
     names = [token.replace('\n', '⏎') for token in real['tokens']]
-    colors, level = (
-        plt.get_cmap('Blues', 10),
-        np.minimum(np.array(real['shares']) * 10, 9).astype(int),
-    )
+    colors, share = plt.get_cmap('Blues', 10), np.array(real['shares'])
+    level = np.minimum(share * 10, 9).astype(int)
     for i in range(10):
-        rows, columns = np.nonzero((level == i) & (np.array(real['shares']) >= 0.05))
+        rows, columns = np.nonzero((level == i) & (share >= 0.05))
         cells(shares, rows, columns, colors(i))
     shares.set_title(f'block {real["block"]}, head {real["head"]} of the lyrics model', fontsize=12)
     for axes, labels in (mask, words), (shares, names):
@@ -368,16 +278,12 @@ def loss() -> Any:
     with open(METRICS, encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f))
     figure, axes = plt.subplots(figsize=(8, 4.2))
-    for key, color, name in ('train_loss', BLUE, 'training'), ('val_loss', ORANGE, 'validation'):
+    for key, color, name, marker in (
+        ('train_loss', BLUE, 'training', None),
+        ('val_loss', ORANGE, 'validation', 'o'),
+    ):
         points = [(int(row['step']), float(row[key])) for row in rows if row[key]]
-        axes.plot(
-            *zip(*points),
-            color=color,
-            linewidth=2,
-            marker='o' if key == 'val_loss' else None,
-            markersize=4,
-            label=name,
-        )
+        axes.plot(*zip(*points), color=color, linewidth=2, marker=marker, markersize=4, label=name)
     best = min((float(row['val_loss']), int(row['step'])) for row in rows if row['val_loss'])
     axes.annotate(
         f'best.pt: {best[0]:.3f}',
@@ -395,20 +301,19 @@ def loss() -> Any:
 
 def memory_of(config: str, vocab_size: int) -> tuple[Run, dict[str, float]]:
     """A config file as simulate.py counts it, on one GPU: (the run, bytes by part)."""
-    knobs = configure(TrainConfig, [os.path.join(os.path.dirname(HERE), 'config', config)])
-    model = knobs.model_config(vocab_size)
-    names = (
-        'n_layer n_head n_kv_head head_dim n_embd n_ff tie_weights block_size vocab_size'.split()
-    )
-    rows = int(knobs.batch_size) * knobs.gradient_accumulation_steps
-    shape: dict[str, Any] = {name: getattr(model, name) for name in names}
+    path = os.path.join(os.path.dirname(HERE), 'config', config)
+    options = configure(TrainConfig, [path])
+    model = options.model_config(vocab_size)
+    names = ('n_layer', 'n_head', 'n_kv_head', 'head_dim', 'n_embd', 'n_ff', 'tie_weights')
+    shape = {name: getattr(model, name) for name in (*names, 'block_size', 'vocab_size')}
+    sequences = int(options.batch_size) * options.gradient_accumulation_steps
     counted = Run(
         arch='modern',
         swiglu=True,
         optimizer='muon',
         gpus=1,
-        micro_batch=int(knobs.batch_size),
-        tokens_per_step=rows * knobs.block_size,
+        micro_batch=int(options.batch_size),
+        tokens_per_step=sequences * options.block_size,
         **shape,
     )
     return counted, memory(counted)
@@ -420,43 +325,20 @@ MEMORY = [('train_darklyrics.py', 4096), ('default.py', 4096), ('large.py', 1638
 def memory_by_part() -> Any:
     """Where the memory of a training goes, for three configs."""
     figure, axes = plt.subplots(figsize=(10, 3.9))
-    colors = dict(
-        zip(
-            ('weights', 'gradients', 'optimizer', 'copies', 'activations', 'logits'),
-            (BLUE, '#8fb3d9', GREEN, '#bab0ac', ORANGE, RED),
-        )
-    )
+    names = ('weights', 'gradients', 'optimizer', 'copies', 'activations', 'logits')
+    colors = dict(zip(names, (BLUE, '#8fb3d9', GREEN, '#bab0ac', ORANGE, RED)))
     for i, (config, vocab_size) in enumerate(MEMORY):
         _, parts = memory_of(config, vocab_size)
         total, left = sum(parts.values()), 0.0
-        unit, word = (1e9, 'GB') if total > 1e9 else (1e6, 'MB')
+        unit, word, digits = (1e9, 'GB', 1) if total > 1e9 else (1e6, 'MB', 0)
         for name, size in parts.items():
-            axes.barh(
-                i,
-                size / total,
-                left=left,
-                color=colors[name],
-                edgecolor='white',
-                label=name if i == 0 else None,
-            )
-            if size / total > 0.045:
-                axes.text(
-                    left + size / total / 2,
-                    i,
-                    f'{size / unit:.{1 if size / unit < 10 else 0}f}',
-                    ha='center',
-                    va='center',
-                    fontsize=10,
-                )
-            left += size / total
-        axes.text(
-            1.01,
-            i,
-            f'{total / unit:.{1 if unit == 1e9 else 0}f} {word}',
-            va='center',
-            fontsize=11,
-            weight='bold',
-        )
+            share = size / total
+            axes.barh(i, share, left=left, color=colors[name], edgecolor='white')
+            if share > 0.045:
+                text = f'{size / unit:.1f}' if size < 10 * unit else f'{size / unit:.0f}'
+                note(axes, left + share / 2, i, text, 10, ha='center', va='center')
+            left += share
+        note(axes, 1.01, i, f'{total / unit:.{digits}f} {word}', 11, va='center', weight='bold')
     axes.set_yticks(range(len(MEMORY)), [f'config/{config}' for config, _ in MEMORY])
     axes.set(
         xlim=(0, 1),
@@ -465,6 +347,7 @@ def memory_by_part() -> Any:
     axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.invert_yaxis()
     axes.legend(
+        names,
         ncols=6,
         frameon=False,
         loc='lower center',
@@ -490,8 +373,8 @@ def schedules() -> Any:
         ),
         ('decay_lr=False', dict(decay_lr=False), dict(color=GREY, linestyle='--')),
     ]
-    for name, knobs, style in lines:
-        config = TrainConfig(**base | knobs)
+    for name, options, style in lines:
+        config = TrainConfig(**base | options)
         axes.plot(
             [learning_rate(config, step) for step in range(1000)], label=name, linewidth=2, **style
         )
@@ -506,65 +389,52 @@ def schedules() -> Any:
     return figure
 
 
+CELL = 0.36  # inches
+CELL_COLORS = {'p': PALE[BLUE], 'n': ORANGE, 'o': PALE[ORANGE], '.': '#ffffff', 'x': '#e6e6e6'}
+
+
+def cache_row(axes: Any, x: float, y: float, kinds: str) -> None:
+    """A letter per cell: p prompt, n new, o generated before, x padding, . empty."""
+    for i, kind in enumerate(kinds):
+        square(axes, x + i * CELL, y, (CELL, CELL), CELL_COLORS[kind], GREY, linewidth=0.8)
+
+
 def kv_cache() -> Any:
-    """How the cache fills, and two ways to put texts of different lengths side by side."""
+    """How the cache fills, and two ways to batch texts of different lengths."""
     figure, axes = canvas(10, 4.3)
-    cell = 0.36
-
-    def row(x: float, y: float, kinds: str) -> None:
-        """A letter a cell: p prompt, n new, o old, . padding or empty."""
-        for i, kind in enumerate(kinds):
-            color = {
-                'p': PALE[BLUE],
-                'n': ORANGE,
-                'o': PALE[ORANGE],
-                '.': '#ffffff',
-                'x': '#e6e6e6',
-            }[kind]
-            axes.add_patch(
-                Rectangle(
-                    (x + i * cell, y), cell, cell, facecolor=color, edgecolor=GREY, linewidth=0.8
-                )
-            )
-
-    axes.text(0.25, 4.0, 'one text: each token adds its column', fontsize=12, weight='bold')
-    for i, (kinds, text) in enumerate(
-        [
-            ('pppp....', 'prefill: one pass'),
-            ('ppppn...', 'token 1'),
-            ('ppppon..', 'token 2'),
-            ('ppppoon.', 'token 3'),
-            ('ppppooon', 'token 4'),
-        ]
+    note(axes, 0.25, 4.0, 'one text: each token adds its column', 12, weight='bold')
+    for i, kinds in enumerate(('pppp....', 'ppppn...', 'ppppon..', 'ppppoon.', 'ppppooon')):
+        text = f'token {i}' if i else 'prefill: one pass'
+        cache_row(axes, 1.85, 3.35 - 0.52 * i, kinds)
+        note(axes, 1.72, 3.53 - 0.52 * i, text, 10, ha='right', va='center')
+    text = 'A column: keys and values of\none token, in all layers.'
+    note(axes, 1.85, 0.95, text, 10, va='center', linespacing=1.35)
+    for y, title, rows, remark in (
+        (
+            4.0,
+            'a batch in generate: padded on the left',
+            ('ppppppoon.', 'xxxpppoon.', 'xpppppoon.'),
+            'one column\nfor all',
+        ),
+        (
+            1.95,
+            'the engine: every row its own place',
+            ('ppppppoon.', 'pppn......', 'ppppoooon.'),
+            'join, leave\nat any time',
+        ),
     ):
-        row(1.85, 3.35 - 0.52 * i, kinds)
-        axes.text(1.72, 3.53 - 0.52 * i, text, ha='right', va='center', fontsize=10)
-    axes.text(
-        1.85,
-        0.95,
-        'A column: keys and values of\none token, in all layers.',
-        fontsize=10,
-        va='center',
-        linespacing=1.35,
-    )
-    axes.text(5.3, 4.0, 'a batch in generate: padded on the left', fontsize=12, weight='bold')
-    for i, kinds in enumerate(('ppppppoon.', 'xxxpppoon.', 'xpppppoon.')):
-        row(5.3, 3.35 - 0.42 * i, kinds)
-    axes.text(9.0, 3.1, 'one column\nfor all', fontsize=10, va='center')
-    axes.text(5.3, 1.95, 'the engine: every row its own place', fontsize=12, weight='bold')
-    for i, kinds in enumerate(('ppppppoon.', 'pppn......', 'ppppoooon.')):
-        row(5.3, 1.3 - 0.42 * i, kinds)
-    axes.text(9.0, 1.05, 'join, leave\nat any time', fontsize=10, va='center')
-    for x, color, text in (
-        (0.25, PALE[BLUE], 'prompt'),
-        (1.4, PALE[ORANGE], 'written'),
-        (2.55, ORANGE, 'new'),
-        (3.4, '#e6e6e6', 'padding, masked'),
+        note(axes, 5.3, y, title, 12, weight='bold')
+        for i, kinds in enumerate(rows):
+            cache_row(axes, 5.3, y - 0.65 - 0.42 * i, kinds)
+        note(axes, 9.0, y - 0.9, remark, 10, va='center')
+    for x, kind, text in (
+        (0.25, 'p', 'prompt'),
+        (1.4, 'o', 'written'),
+        (2.55, 'n', 'new'),
+        (3.4, 'x', 'padding, masked'),
     ):
-        axes.add_patch(
-            Rectangle((x, 0.16), 0.2, 0.2, facecolor=color, edgecolor=GREY, linewidth=0.8)
-        )
-        axes.text(x + 0.28, 0.26, text, va='center', fontsize=10)
+        square(axes, x, 0.16, (0.2, 0.2), CELL_COLORS[kind], GREY, linewidth=0.8)
+        note(axes, x + 0.28, 0.26, text, 10, va='center')
     return figure
 
 
@@ -572,7 +442,7 @@ def formats() -> Any:
     """The bits of the number formats."""
     figure, axes = canvas(10, 3.3)
     cell = 0.225
-    for i, (name, exponent, mantissa, note) in enumerate(
+    for i, (name, exponent, mantissa, remark) in enumerate(
         [
             ('float32', 8, 23, ''),
             ('TF32', 8, 10, "float32's range, float16's digits; 13 bits unused"),
@@ -584,26 +454,16 @@ def formats() -> Any:
         y = 2.35 - 0.48 * i
         axes.text(1.2, y + 0.15, name, ha='right', va='center', fontsize=12, weight='bold')
         for bit in range(1 + exponent + mantissa):
-            color = RED if bit == 0 else GREEN if bit <= exponent else BLUE
-            axes.add_patch(
-                Rectangle(
-                    (1.35 + bit * cell, y),
-                    cell,
-                    0.3,
-                    facecolor=PALE[color],
-                    edgecolor=color,
-                    linewidth=0.9,
-                )
-            )
-        axes.text(
-            1.35 + (1 + exponent + mantissa) * cell + 0.15, y + 0.15, note, va='center', fontsize=10
-        )
+            color = [RED, *[GREEN] * exponent, *[BLUE] * mantissa][bit]
+            square(axes, 1.35 + bit * cell, y, (cell, 0.3), PALE[color], color, linewidth=0.9)
+        end = 1.35 + (1 + exponent + mantissa) * cell
+        axes.text(end + 0.15, y + 0.15, remark, va='center', fontsize=10)
     for x, color, text in (
         (1.35, RED, 'sign'),
         (2.3, GREEN, 'exponent: how large'),
         (4.75, BLUE, 'mantissa: the digits'),
     ):
-        axes.add_patch(Rectangle((x, 2.88), 0.22, 0.2, facecolor=PALE[color], edgecolor=color))
+        square(axes, x, 2.88, (0.22, 0.2), PALE[color], color)
         axes.text(x + 0.32, 2.98, text, va='center', fontsize=10.5)
     return figure
 
@@ -625,49 +485,40 @@ PICTURES: dict[str, Callable[[], Any]] = {
 
 
 def measure(out_dir: str, block: int = 4, head: int = 2) -> None:
-    """Keep a run's metrics.csv, and the shares of one of its model's heads over two lines of a validation song."""
+    """Keep a run's metrics.csv, and one head's attention over two lines of a validation song."""
     path, state = checkpoint.load_from(out_dir)
     model, tokenizer = checkpoint.build_model(state, path).eval(), checkpoint.tokenizer_of(state)
     ids = tokenizer.encode(
         'The mark on the door frame where Anna was six.\nThe mark above it where Anna was seven.\n'
     )
-    maps: list[torch.Tensor] = []
-    plain = F.scaled_dot_product_attention
-
-    def watch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        scores = (
-            q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
-        )  # the kernel keeps no shares, so they are computed beside it
-        maps.append(
-            scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(dim=-1)[
-                0
-            ]
-        )
-        return plain(q, k, v, **options)
-
-    with mock.patch.object(F, 'scaled_dot_product_attention', watch), torch.no_grad():
+    # the kernel does not return the shares, so they are computed from its arguments
+    kernel = F.scaled_dot_product_attention
+    with mock.patch.object(F, kernel.__name__, wraps=kernel) as calls, torch.no_grad():
         model(torch.tensor([ids]))
-    shares = [[round(float(share), 3) for share in row] for row in maps[block - 1][head - 1]]
-    told = {
+    q, k = calls.call_args_list[block - 1].args[:2]
+    scores = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5)[0, head - 1]
+    shares = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(dim=-1)
+    result = {
         'run': 'config/train_darklyrics.py',
         'block': block,
         'head': head,
         'tokens': [tokenizer.decode([i]) for i in ids],
-        'shares': shares,
+        'shares': [[round(share, 3) for share in row] for row in shares.tolist()],
     }
     with open(ATTENTION, 'w', encoding='utf-8', newline='\n') as f:
-        f.write(json.dumps(told, ensure_ascii=False).replace('], [', '],\n[') + '\n')
+        f.write(json.dumps(result, ensure_ascii=False).replace('], [', '],\n[') + '\n')
     shutil.copy(os.path.join(out_dir, 'metrics.csv'), METRICS)
 
 
 def draw(name: str, folder: str) -> str:
     """Draw one of PICTURES into the folder; returns the path."""
     path = os.path.join(folder, f'{name}.svg')
+    drawn = io.StringIO()
     with plt.rc_context(STYLE):
         figure = PICTURES[name]()
-        figure.savefig(drawn := io.StringIO(), metadata={'Date': None, 'Creator': None})
+        figure.savefig(drawn, metadata={'Date': None, 'Creator': None})
         plt.close(figure)
-    # two decimals of a point are plenty: a smaller file, and another processor's last digits do not show
+    # two decimals of a point are enough: a smaller file, and the last digits differ by processor
     text = re.sub(
         ' d="[^"]*"', lambda found: re.sub(r'(\.\d\d)\d+', r'\1', found[0]), drawn.getvalue()
     )

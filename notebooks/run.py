@@ -1,9 +1,9 @@
-"""Run notebooks from the first cell to the last and keep what they show, without dates or names of this machine.
+"""Run notebooks from the first cell to the last and keep their outputs, without dates or names.
 
     python notebooks/run.py                                  (all of them, in full)
     python notebooks/run.py notebooks/transformer_sizing.ipynb
 
-LYREGPT_SMALL=1 makes each a matter of seconds, for a look at whether it runs; do not commit that.
+LYREGPT_SMALL=1 makes each take seconds, to see whether it runs; do not commit the result.
 """
 
 import io
@@ -20,7 +20,7 @@ from lyregpt.text import atomic_write  # noqa: E402
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook at `path`, run in a kernel of this Python; the file stays as it is. Raises nbclient's CellExecutionError."""
+    """Run the notebook in a kernel of this Python, without saving. Raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -32,7 +32,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
         extra_arguments=['--log-level=ERROR'],
     )
     client.execute()
-    notebook.metadata = {  # as little as a reader needs: the same on every machine
+    notebook.metadata = {  # only what is the same on every machine
         'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'},
         'language_info': {'name': 'python'},
     }

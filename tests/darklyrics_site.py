@@ -1,12 +1,13 @@
-"""A local site to crawl: songs rendered in the structure, headers and quirks of the real one, with faults on request.
+"""A local site to crawl: songs with the structure, headers and quirks of the real one, and faults.
 
-In a test:    with Site(songs, faults={'*': ['503:1']}) as site: crawl(site.url), then look at site.requests
+In a test:    with Site(songs, faults={'*': ['503:1']}) as site: crawl(site.url); site.requests
 By hand:      python -m tests.darklyrics_site --port=8000
 
-A fault is 'name' or 'name:argument'; FAULTS lists them. `faults` maps a path (without its query), or '*' for every path but
-/robots.txt, to a list that is used up one per request to that path, after which the page is served; 'always:name' stays.
-A path that has an entry of its own is not subject to '*'. Instead of a list there may be a callable: it gets the path and the
-number of the request to it (from 1) and returns a fault or None. Everything is deterministic: same songs, same bytes.
+A fault is 'name' or 'name:argument'; FAULTS lists them. `faults` maps a path (without its query),
+or '*' for every path but /robots.txt, to a list that is used up one per request to that path; then
+the page is served. 'always:name' stays. A path with an entry of its own is not subject to '*'.
+Instead of a list there may be a callable: it gets the path and the number of the request to it
+(from 1) and returns a fault or None. Everything is deterministic: same songs, same bytes.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 DEMO = Path(__file__).resolve().parent.parent / 'data' / 'darklyrics' / 'demo.jsonl'
-HOME = 'http://lyrics.invalid'  # album pages link to their artist by full address, on a host that is never the one being crawled
+# album pages link to their artist by full address, on a host that is never the one being crawled
+HOME = 'http://lyrics.invalid'
 REMOVED = "lyrics were removed due to copyright holder's request"
 NON_ALBUM = 'non-album songs'
 LETTERS = ['19', *'abcdefghijklmnopqrstuvwxyz']
@@ -98,7 +100,8 @@ def page(title, body, up=''):
         f'<a href="{up}{letter}.html">{"#" if letter == "19" else letter.upper()}</a>'
         for letter in LETTERS
     )
-    head = f"""<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Transitional//EN" "http://www.w3.org/TR/xhtml1/DTD/xhtml1-transitional.dtd">
+    head = f"""<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Transitional//EN" \
+"http://www.w3.org/TR/xhtml1/DTD/xhtml1-transitional.dtd">
 <html xmlns="http://www.w3.org/1999/xhtml">
 <head>
 <title>{html.escape(title)}</title>
@@ -110,11 +113,15 @@ var ads = 1 < 2 && "<a href='{up}z/advert.html'>ADVERT</a><h3><a name='1'>1. Not
 </head>
 <body>
 <div class="listrow">{bar}</div>
-<form action="{up}search" method="get"><input type="text" name="q" value="" /> <input type="submit" value="Search" /></form>
+<form action="{up}search" method="get"><input type="text" name="q" value="" /> \
+<input type="submit" value="Search" /></form>
 <script src="{up}banner.js"></script>
 <div class="cont">
 """
-    foot = '</div>\n<div class="foot"><a href="/about.html">about</a> &copy; 1999 - 2026</div>\n</body>\n</html>'
+    foot = (
+        '</div>\n<div class="foot"><a href="/about.html">about</a> &copy; 1999 - 2026</div>\n'
+        '</body>\n</html>'
+    )
     return (crlf(head) + body + crlf(foot)).encode()
 
 
@@ -160,7 +167,8 @@ def album_page(songs):
     numbered = [
         (song, f'{song["track"]}. {html.escape(song["title"], quote=False)}') for song in songs
     ]
-    body = f'<h1>{back}</h1>\n<div class="albumlyrics">\n<h2>{heading(first, chr(34) + "{}" + chr(34))}</h2>\n'
+    title_line = heading(first, '"{}"')
+    body = f'<h1>{back}</h1>\n<div class="albumlyrics">\n<h2>{title_line}</h2>\n'
     body += ''.join(f'<a href="#{song["track"]}">{label}</a><br />\n' for song, label in numbered)
     body = crlf(
         body + '<br /></div>\n<script src="../../rect.js"></script>\n<div class="lyrics">\n'
@@ -174,7 +182,10 @@ def album_page(songs):
         tail += (
             '<br /><div class="thanks">' + '<br />\n'.join(thanks) + '</div><br />\n\n'
         )  # & and " stay raw here
-    tail += '<br /><div class="note">A slip of the pen? Mail <a href="mailto:desk@lyrics.invalid">desk@lyrics.invalid</a></div>\n'
+    tail += (
+        '<br /><div class="note">A slip of the pen? Mail '
+        '<a href="mailto:desk@lyrics.invalid">desk@lyrics.invalid</a></div>\n'
+    )
     return page(title, body + crlf(f'{tail}<br /><br />{back}\n</div>\n'), '../../')
 
 
@@ -182,11 +193,13 @@ def artist_page(albums):
     first = albums[0][0]
     body = f'<h1>{html.escape(first["artist"].upper(), quote=False)} LYRICS</h1>\n'
     for songs in albums:
-        body += f'<div class="album"><h2>{heading(songs[0], "<strong>" + chr(34) + "{}" + chr(34) + "</strong>")}</h2>\n'
+        title = heading(songs[0], '<strong>"{}"</strong>')
+        body += f'<div class="album"><h2>{title}</h2>\n'
         for song in songs:
             anchor = '' if one_in(11, 'anchor', song['url']) else f'#{song["track"]}'
             title = html.escape(song['title'], quote=False)
-            body += f'<a href="..{album_path(song)}{anchor}">{title}</a>{" " * one_in(9, "blank", song["url"])}<br />\n'
+            blank = ' ' if one_in(9, 'blank', song['url']) else ''
+            body += f'<a href="..{album_path(song)}{anchor}">{title}</a>{blank}<br />\n'
         body = body[:-1] + '</div>\n<br />\n'
     return page(f'{first["artist"].upper()} LYRICS', crlf(body), '../')
 
@@ -234,15 +247,21 @@ def build_pages(songs):
 
 NOT_FOUND = page('Page not Found', crlf('<h1>Page not Found</h1>\n'))
 ERROR = '<html><head><title>{0}</title></head><body><center><h1>{0}</h1></center></body></html>'
-DENIED = b'<html><head><title>Access denied</title></head>\r\n<body><p>Your address asks too often. Access is denied.</p></body></html>'
-CHALLENGE = b'<html><head><title>One moment</title></head><body><script>check();</script><p>Looking at your browser.</p></body></html>'
+DENIED = (
+    b'<html><head><title>Access denied</title></head>\r\n'
+    b'<body><p>Your address asks too often. Access is denied.</p></body></html>'
+)
+CHALLENGE = (
+    b'<html><head><title>One moment</title></head><body><script>check();</script>'
+    b'<p>Looking at your browser.</p></body></html>'
+)
 
 
 # ---- pages -> answers
 
 
 class Site:
-    """The server; `pages` (path -> bytes) may be changed while it runs, `faults` through set_faults."""
+    """The server; `pages` (path -> bytes) may change while it runs, `faults` with set_faults."""
 
     def __init__(self, songs, faults=None, robots=None, port=0):
         self.pages = build_pages(songs)
@@ -375,7 +394,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def stream(self, block, count):
-        """Keep sending a block until `count` bytes went out, the client hung up or the site closes."""
+        """Send a block until `count` bytes are out, the client hangs up or the site closes."""
         for at in range(0, count, len(block)):
             if self.server.site.stopping.is_set():
                 break
@@ -484,10 +503,12 @@ def hostile_songs():
 
     album(
         'Brackenmaw', 'brackenmaw', 'Ledger: of "Teeth" & Tallow', 'album', 2011,
-        ('Prologue: The Bell; or, Not', 'The bell: it hung.\nThe bell: it rang [x 4]\n\nThe "bell" is [sic] no bell'),
+        ('Prologue: The Bell; or, Not', 'The bell: it hung.\nThe bell: it rang [x 4]\n\n'
+            'The "bell" is [sic] no bell'),
         ('13 Steps', '1. Lift the latch\n2. 13 Steps\n3. Do not look\n\n4.\n5) Look'),
         ('2. 13 Steps', 'Down again, and down [x 2]\n[Solo: Odo]\nDown [softly] to the tar'),
-        ('The "Mouth" Says \'No\'', 'He said "no", and \'no\', and "No!" [repeat]\n\nHe\'d said it [twice] before'),
+        ('The "Mouth" Says \'No\'', 'He said "no", and \'no\', and "No!" [repeat]\n\n'
+            'He\'d said it [twice] before'),
         ('1999', '1999\n2000. A year of rust\n10. Ten'),
         ('7', '[Instrumental]'),
         ('Echo, Echo', 'This is the first of two\n\nIt says its own name'),
@@ -497,18 +518,24 @@ def hostile_songs():
     album(
         'Ash & Plinth', 'ashplinth', 'Less < More > Less', 'EP', 2004,
         ('Salt & Iron', 'Salt & iron & rye\nAT&T is no word, nor is &amp; nor &lt;b&gt;'),
-        ('A < B', 'I <3 the wolves\nif a < b and b > c\n<i>not a tag</i>\n<br /> nor this\n</div><script>knock()</script>'),
-        ('h3', '<h3><a name="9">9. A False Door</a></h3>\nbehind it, wall\n<!-- and behind the wall -->'),
+        ('A < B', 'I <3 the wolves\nif a < b and b > c\n<i>not a tag</i>\n<br /> nor this\n'
+            '</div><script>knock()</script>'),
+        ('h3', '<h3><a name="9">9. A False Door</a></h3>\nbehind it, wall\n'
+            '<!-- and behind the wall -->'),
         ('Untold', ''),
         ('Withdrawn', REMOVED),
-        ('Nearly Withdrawn', 'We said the lyrics were removed\nThe holder laughed and hummed the rest'),
-        ('Thanks', 'Thanks to the frost for sending tracks ## 2, 8 of wolves\nOdo - Drums, but no drum came\n\nBRACKENMAW LYRICS'),
+        ('Nearly Withdrawn', 'We said the lyrics were removed\n'
+            'The holder laughed and hummed the rest'),
+        ('Thanks', 'Thanks to the frost for sending tracks ## 2, 8 of wolves\n'
+            'Odo - Drums, but no drum came\n\nBRACKENMAW LYRICS'),
     )  # fmt: skip
     album(
         'Ångkvist Ödla', 'angkvistodla', 'Çelik ve Süt', 'album', 1998,
         ('Éveil', 'Là-haut, où l’été gèle – “encore”…\nDvě věže, žlutý kůň\nСнег на крыше\n雪の鐘'),
-        ('Naïve Tide', 'NaÃ¯ve was the tide\nand naïve the shore\n\nthe cafÃ© closed at dÃ¦wn\nItâ€™s late'),
-        ('[Untitled]', '[Spoken] Come in, come in\n[Door]\n[Door]\n\n[a bracket that never closes\nand one that closes only]'),
+        ('Naïve Tide', 'NaÃ¯ve was the tide\nand naïve the shore\n\n'
+            'the cafÃ© closed at dÃ¦wn\nItâ€™s late'),
+        ('[Untitled]', '[Spoken] Come in, come in\n[Door]\n[Door]\n\n'
+            '[a bracket that never closes\nand one that closes only]'),
         ('Ø', '[Instrumental]'),
     )  # fmt: skip
     album(
@@ -573,7 +600,8 @@ def main():
     with Site(demo_songs() + (hostile_songs() if words.hostile else []), port=words.port) as site:
         print(f'serving on {site.url} (stop with Ctrl-C). Now try, in another terminal:')
         print(
-            f'python scrapers/darklyrics_scraper.py --base_url={site.url} --letters=all --delay=0 --local',
+            f'python scrapers/darklyrics_scraper.py --base_url={site.url} --letters=all '
+            '--delay=0 --local',
             flush=True,
         )
         try:

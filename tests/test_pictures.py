@@ -1,4 +1,4 @@
-"""The documentation's pictures are those that docs/pictures.py draws, from the code as it is now."""
+"""The documentation's pictures are those that docs/pictures.py draws from the present code."""
 
 import json
 import os
@@ -18,7 +18,7 @@ except PackageNotFoundError:
     drawn_by = False
 pytestmark = pytest.mark.skipif(
     not drawn_by,
-    reason='needs the matplotlib that drew the pictures (requirements-dev.txt on Python 3.11 and later)',
+    reason='needs the matplotlib of requirements-dev.txt on Python 3.11 and later',
 )
 sys.path.insert(0, os.path.join(ROOT, 'docs'))
 

@@ -1,4 +1,4 @@
-"""The scraper and the dataset builder against a local site that has the real one's structure, quirks and bad days."""
+"""The scraper and the dataset builder against a local site built like the real one, with faults."""
 
 import importlib.util
 import json
@@ -249,7 +249,7 @@ def test_the_pace():
 
 
 def kill_rounds(tmp_path, rounds, songs):
-    """kill -9 at random instants; returns how often a page that was kept was asked for again (must be 0)."""
+    """kill -9 at random instants; returns how often a stored page was fetched again (must be 0)."""
     dice, again = random.Random(1), 0
     with Site(songs) as site:
         words = [
@@ -553,8 +553,8 @@ def test_doubles_boilerplate_and_prose(tmp_path):
     prose = c | {
         'lyrics': '\n'.join(
             [
-                'It was a long winter and the men of the village told one another stories of it for years afterwards, each of them longer than the last '
-                * 2
+                'It was a long winter and the men of the village told one another stories of it '
+                'for years afterwards, each of them longer than the last ' * 2
             ]
             * 4
         ),
@@ -664,7 +664,8 @@ sys.argv = ['b', '--input={tmp_path / 'songs.jsonl'}', '--output={tmp_path / 'ly
 try:
     runpy.run_path('scrapers/build_dataset.py', run_name='__main__')
 finally:
-    print('took', round(time.time() - began), 's', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000, 'MB')
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    print('took', round(time.time() - began), 's', used, 'MB')
 """
     done = script('-c', code, timeout=1200)
     seconds, megabytes = (int(x) for x in (done.stdout.split()[-4], done.stdout.split()[-2]))

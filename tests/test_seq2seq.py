@@ -1,4 +1,4 @@
-"""The encoder-decoder beside torch.nn.Transformer and exhaustive search, and its training script."""
+"""The encoder-decoder beside torch.nn.Transformer and exhaustive search; its training script."""
 
 import copy
 import itertools
@@ -250,7 +250,7 @@ def test_cached_equals_uncached(more):
 
 
 def to_reverse(n, seed, most=6):
-    """n sources of 1 to `most` symbols and an end, the decoder's input, and the reversed targets."""
+    """n sources of up to `most` symbols and an end, the decoder's input, the reversed targets."""
     rng = torch.Generator().manual_seed(seed)
     symbols, lengths = (
         torch.randint(1, 11, (n, most), generator=rng),

@@ -1,6 +1,4 @@
-"""docs/concepts/simulate.py: counts beside the model's own, traffic beside a ring simulated by hand,
-tables beside the document.
-"""
+"""docs/concepts/simulate.py: counts beside the model's, traffic beside a ring, tables as printed."""
 
 import os
 import sys
