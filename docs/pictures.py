@@ -111,8 +111,8 @@ def note(axes: Any, x: float, y: float, text: str, size: float = 9.5, **more: An
 
 
 def arrow(axes: Any, start: Any, end: Any, color: str = INK, **more: Any) -> None:
-    shape: dict[str, Any] = dict(arrowstyle='-|>', mutation_scale=13, shrinkA=0, shrinkB=0)
-    axes.add_patch(FancyArrowPatch(start, end, linewidth=1.3, color=color, **shape, **more))
+    style: dict[str, Any] = dict(arrowstyle='-|>', mutation_scale=13, shrinkA=0, shrinkB=0)
+    axes.add_patch(FancyArrowPatch(start, end, linewidth=1.3, color=color, **style, **more))
 
 
 def cells(axes: Any, rows: Any, columns: Any, color: Any) -> None:
@@ -200,18 +200,20 @@ def gpt() -> Any:
         va='center',
         color='#3a7a33',
     )
-    attention = [
-        'ln_1: norm',
-        'c_attn: q, k, v (B, H, T, D)\nattention: shares (T, T), only backwards',
-        'c_proj: the heads together',
-    ]
-    mlp = [
-        'ln_2: norm',
-        'c_fc: widen to n_ff, bend (SwiGLU);\neach token by itself',
-        'c_proj: narrow again',
-    ]
-    for low, parts in (0.95, attention), (3.7, mlp):
-        y = low
+    for y, *parts in (
+        (
+            0.95,
+            'ln_1: norm',
+            'c_attn: q, k, v (B, H, T, D)\nattention: shares (T, T), only backwards',
+            'c_proj: the heads together',
+        ),
+        (
+            3.7,
+            'ln_2: norm',
+            'c_fc: widen to n_ff, bend (SwiGLU);\neach token by itself',
+            'c_proj: narrow again',
+        ),
+    ):
         arrow(axes, (spine, y + 0.21), (left, y + 0.21))
         for text, color, height in zip(parts, (GREY, ORANGE, BLUE), (0.42, 0.72, 0.42)):
             box(axes, left, y, 3.5, height, text, color, 10)
@@ -301,8 +303,7 @@ def loss() -> Any:
 
 def memory_of(config: str, vocab_size: int) -> tuple[Run, dict[str, float]]:
     """A config file as simulate.py counts it, on one GPU: (the run, bytes by part)."""
-    path = os.path.join(os.path.dirname(HERE), 'config', config)
-    options = configure(TrainConfig, [path])
+    options = configure(TrainConfig, [os.path.join(os.path.dirname(HERE), 'config', config)])
     model = options.model_config(vocab_size)
     names = ('n_layer', 'n_head', 'n_kv_head', 'head_dim', 'n_embd', 'n_ff', 'tie_weights')
     shape = {name: getattr(model, name) for name in (*names, 'block_size', 'vocab_size')}
@@ -404,11 +405,18 @@ def kv_cache() -> Any:
     figure, axes = canvas(10, 4.3)
     note(axes, 0.25, 4.0, 'one text: each token adds its column', 12, weight='bold')
     for i, kinds in enumerate(('pppp....', 'ppppn...', 'ppppon..', 'ppppoon.', 'ppppooon')):
-        text = f'token {i}' if i else 'prefill: one pass'
         cache_row(axes, 1.85, 3.35 - 0.52 * i, kinds)
+        text = f'token {i}' if i else 'prefill: one pass'
         note(axes, 1.72, 3.53 - 0.52 * i, text, 10, ha='right', va='center')
-    text = 'A column: keys and values of\none token, in all layers.'
-    note(axes, 1.85, 0.95, text, 10, va='center', linespacing=1.35)
+    note(
+        axes,
+        1.85,
+        0.95,
+        'A column: keys and values of\none token, in all layers.',
+        10,
+        va='center',
+        linespacing=1.35,
+    )
     for y, title, rows, remark in (
         (
             4.0,
@@ -456,8 +464,9 @@ def formats() -> Any:
         for bit in range(1 + exponent + mantissa):
             color = [RED, *[GREEN] * exponent, *[BLUE] * mantissa][bit]
             square(axes, 1.35 + bit * cell, y, (cell, 0.3), PALE[color], color, linewidth=0.9)
-        end = 1.35 + (1 + exponent + mantissa) * cell
-        axes.text(end + 0.15, y + 0.15, remark, va='center', fontsize=10)
+        axes.text(
+            1.5 + (1 + exponent + mantissa) * cell, y + 0.15, remark, va='center', fontsize=10
+        )
     for x, color, text in (
         (1.35, RED, 'sign'),
         (2.3, GREEN, 'exponent: how large'),

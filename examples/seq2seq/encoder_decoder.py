@@ -146,11 +146,11 @@ class EncoderDecoder(nn.Module):
         self.decoder: Any = nn.ModuleList(
             Block(config, i, decoder=True) for i in range(config.n_layer)
         )
-        # with norms first, the blocks' sum is not normalized yet
-        self.ln_encoder, self.ln_decoder = (
-            make_norm(config, config.n_embd) if config.norm_first else nn.Identity()
-            for _ in range(2)
-        )
+        self.ln_encoder: nn.Module = nn.Identity()
+        self.ln_decoder: nn.Module = nn.Identity()
+        if config.norm_first:  # the blocks' sum is not normalized yet
+            self.ln_encoder = make_norm(config, config.n_embd)
+            self.ln_decoder = make_norm(config, config.n_embd)
         self.positions: torch.Tensor
         positions = sinusoids(config.block_size, config.n_embd)
         self.register_buffer('positions', positions, persistent=False)
@@ -235,8 +235,7 @@ class EncoderDecoder(nn.Module):
         """
         B, V, device = len(source), self.config.vocab_size, source.device
         memory = self.read(source.repeat_interleave(width, 0))
-        dtype = self.wte.weight.dtype
-        cache = KVCache(self.config, B * width, max_new_tokens, device, dtype)
+        cache = KVCache(self.config, B * width, max_new_tokens, device, self.wte.weight.dtype)
         done: list[list[Answer]] = [[] for _ in range(B)]
         ids = torch.full((B, width, 1), eot, device=device)
         log_p = torch.full((B, width), -math.inf, device=device)

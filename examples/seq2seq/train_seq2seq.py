@@ -191,8 +191,7 @@ def train(config: AnswerConfig) -> float:
         new = {name: getattr(config, name) for name in given(config)}
         config = AnswerConfig(**state['config'] | new)
     pairs = read_pairs(config.input or [DEMO], seed=config.seed)
-    lines = (line for pair in pairs['train'] for line in pair)
-    tokenizer = BPETokenizer.train(lines, config.vocab_size)
+    tokenizer = BPETokenizer.train(itertools.chain(*pairs['train']), config.vocab_size)
     train_pairs, val_pairs = (
         tokenize(pairs[name], tokenizer, config.block_size) for name in ('train', 'val')
     )
@@ -211,8 +210,10 @@ def train(config: AnswerConfig) -> float:
     else:
         archive_run(config.out_dir)
         os.makedirs(config.out_dir, exist_ok=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f'{parameters:,} parameters; pairs: {len(train_pairs):,} + {len(val_pairs):,} validation')
+    print(
+        f'{sum(p.numel() for p in model.parameters()):,} parameters; '
+        f'pairs: {len(train_pairs):,} + {len(val_pairs):,} for validation'
+    )
 
     signals = SignalHandler()
     val_loss = math.nan
@@ -241,8 +242,12 @@ def train(config: AnswerConfig) -> float:
             )
             progress['losses'] = []
         if due or signals.stop:
-            state = progress | {'model': model.state_dict(), 'model_args': model.config.to_dict()}
-            state |= {'config': dataclasses.asdict(config), 'tokenizer': tokenizer.state()}
+            state = progress | {
+                'model': model.state_dict(),
+                'model_args': model.config.to_dict(),
+                'config': dataclasses.asdict(config),
+                'tokenizer': tokenizer.state(),
+            }
             if best:
                 checkpoint.save(os.path.join(config.out_dir, 'best.pt'), state)
             state['optimizer'] = {'adam': optimizer.state_dict()}
@@ -265,8 +270,8 @@ def answer(config: AnswerConfig) -> list[tuple[str, Answer]]:
     if len(ids) > longest:
         raise UserError(f'line: {len(ids)} tokens with its end, {path} reads at most {longest}')
     source = torch.tensor([ids])
-    beams = model.beam(source, eot, longest, config.width, config.length_penalty)[0]
-    answers = model.greedy(source, eot, longest) + beams
+    answers = model.greedy(source, eot, longest)
+    answers += model.beam(source, eot, longest, config.width, config.length_penalty)[0]
     return [(tokenizer.decode([i for i in found.ids if i != eot]), found) for found in answers]
 
 
