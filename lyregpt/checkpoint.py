@@ -11,6 +11,7 @@ SHA-256 in the zip comment. nanoGPT's own files load too. With parallel='fsdp' t
 
 import argparse
 import contextlib
+import difflib
 import glob
 import hashlib
 import io
@@ -50,7 +51,7 @@ warnings.filterwarnings('ignore', message='torch.distributed is disabled')
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint that is not as it was written: truncated, a flipped bit, a part missing."""
+    """A checkpoint that differs from what was written: truncated, a flipped bit, a part missing."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -206,32 +207,32 @@ class Writer:
     def submit(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Call `write(state)`, after the write before it has ended. Raises what that one raised."""
         self.wait()
-        self.copied.clear()
         # On CUDA the thread copies in a stream of its own, once the work queued so far is done.
         ready = None
         if torch.cuda.is_initialized():
             ready = torch.cuda.current_stream().record_event()
+        self.copied.clear()
         self.job = Future()
-        thread = threading.Thread(target=self.work, args=(self.job, state, write, ready))
+        work = (self.job, state, write, ready)
         if self.background:
-            thread.start()
+            threading.Thread(target=self.work, args=work).start()
         else:
-            thread.run()  # in this thread
+            self.work(*work)
 
     def work(self, job: Future[None], state: dict[str, Any], write: Any, ready: Any) -> None:
         """Copy the state, on CUDA after the event `ready`, and write the copy."""
         try:
-            if self.background:
-                state = self.copy(state, ready)
-                self.copied.set()
+            try:
+                if self.background:
+                    state = self.copy(state, ready)
+            finally:
+                self.copied.set()  # before the job ends: the next one clears it
             job.set_result(write(state))
-        except BaseException as error:
+        except Exception as error:
             job.set_exception(error)
-        finally:
-            self.copied.set()
 
     def copy(self, state: dict[str, Any], ready: Any) -> dict[str, Any]:
-        """The state in the host's memory, copied in this thread, which training goes before."""
+        """The state in the host's memory, copied by this thread, which yields to training."""
         torch.set_num_threads(1)  # OpenMP threads of its own would halve the speed of training
         if ready:
             stream = torch.cuda.Stream(self.device)
@@ -315,11 +316,15 @@ def load_from(
             continue
         if not any_model and 'norm_first' in state['model_args']:
             raise UserError(
-                f'{path}: is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; '
-                f'ask it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"'
+                f'{path}: is an encoder–decoder written by examples/seq2seq/train_seq2seq.py, not '
+                f'a GPT; run it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"'
             )
         return path, state
-    raise UserError(f'{where}: holds no checkpoint; {TRAIN_FIRST}')
+    earlier = os.path.join(where, 'earlier')
+    hint = TRAIN_FIRST
+    if os.path.isdir(earlier):
+        hint = f'the run before it is in {earlier}'
+    raise UserError(f'{where}: holds no checkpoint; {hint}')
 
 
 def candidates(where: str, best: bool = False) -> list[str]:
@@ -330,7 +335,11 @@ def candidates(where: str, best: bool = False) -> list[str]:
     if os.path.isfile(where) or os.path.isfile(os.path.join(where, REST)):
         return [where]
     if not os.path.isdir(where):
-        raise UserError(f'{where}: no such folder or file; {TRAIN_FIRST}')
+        folder, name = os.path.split(where.rstrip('/'))
+        names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+        near = difflib.get_close_matches(name, names, 1, 0.8)
+        hint = f'did you mean {os.path.join(folder, near[0])}?' if near else TRAIN_FIRST
+        raise UserError(f'{where}: no such folder or file; {hint}')
     # best.prev is left by a kill between the two renames of a folder.
     roles = ['best', 'best.prev', 'ckpt', 'ckpt.prev']
     found: list[str] = []
@@ -360,20 +369,25 @@ def load(
     No code in it is run. Of a folder, the optimizer states are read if `optimizer`. With `lazy` a
     file is mapped into memory, and a folder's tensors are not read. `checked`: its digest was just
     verified. Raises UserError if it is missing, holds code, or is no model; CorruptCheckpointError
-    if it is not as it was written.
+    if it differs from what was written.
     """
     if not os.path.exists(path):
         raise UserError(f'{path}: no such checkpoint; {TRAIN_FIRST}')
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = False
     try:
         if not checked:
             verify(path)
+        is_zip = zipfile.is_zipfile(path)
         if os.path.isdir(path):
             state = read_folder(path, optimizer, lazy)
         else:
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=lazy and is_zip)
-    except (CorruptCheckpointError, PermissionError):
+    except CorruptCheckpointError:
         raise
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # of the machine (permission, network, too many open files), not of the file
+        raise CorruptCheckpointError(f'{path}: damaged ({error})') from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
         # An intact zip file is as it was written.
         holds_code = is_zip and isinstance(error, pickle.UnpicklingError)
@@ -388,7 +402,7 @@ def load(
         raise UserError(f'{path}: not a GPT checkpoint (no model and model_args in it)')
     for key in ('config', 'meta', 'tokenizer'):
         if not isinstance(state.get(key, {}), dict):
-            raise UserError(f'{path}: its {key} is no dictionary: damaged, or not by train.py')
+            raise UserError(f'{path}: its {key} is not a dictionary: damaged, or not by train.py')
     state['model'] = {
         name.removeprefix('module.').removeprefix('_orig_mod.'): weight
         for name, weight in state['model'].items()
@@ -656,7 +670,7 @@ def inspect(path: str, state: dict[str, Any]) -> str:
     changed = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(os.path.getmtime(path)))
     best = float(state.get('best_val_loss', 'nan'))
     lines = {
-        'file': f'{path}, {size:,.1f} MB, files: {len(files)}, of {changed}; OK',
+        'file': f'{path}, {size:,.1f} MB, files: {len(files)}, saved {changed}; OK',
         'step': f'{state.get("iter_num", "unknown")}, best validation loss {best:.4f}',
         'model': f'{kind}{sum(weights.values()):,} parameters; '
         + ', '.join(f'{k}={v}' for k, v in args.items()),
@@ -670,7 +684,7 @@ def inspect(path: str, state: dict[str, Any]) -> str:
 def convert(command: str, path: str, to: str) -> None:
     """Merge a folder of shards into one file, or split a file into a folder. Raises UserError."""
     if os.path.exists(to):
-        raise UserError(f'{to}: exists already; choose another path')
+        raise UserError(f'{to}: already exists; choose another path')
     path, state = load_from(path, best=False, optimizer=True)
     if os.path.isdir(path) != (command == 'merge'):
         raise UserError(f'{path}: merge reads a folder of shards, split reads a file')

@@ -2,6 +2,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -188,6 +190,50 @@ def test_a_writer_copies_first_and_tells_of_failures_later(background):
     with pytest.raises(FloatingPointError):
         writer.wait()
     writer.wait()
+
+
+def test_a_slow_writer_does_not_let_the_next_copy_be_overtaken():
+    """The end of one write must not say that the next one has copied its tensors."""
+    writer, written, w = checkpoint.Writer(), [], torch.zeros(8)
+    set_result = Future.set_result
+
+    class SlowFuture(Future):
+        def set_result(self, result):
+            set_result(self, result)
+            time.sleep(0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, 'Future', SlowFuture)
+        copy = writer.copy
+        patch.setattr(writer, 'copy', lambda *values: time.sleep(0.3) or copy(*values))
+        for _ in range(3):
+            writer.submit({'w': w}, lambda state: written.append(float(state['w'][0])))
+            writer.before_update()
+            w += 1
+        writer.wait()
+    assert written == [0, 1, 2]
+
+
+def test_damage_in_the_last_record_falls_back(trained, tmp_path, capsys):
+    """Each bit of the records at the end of the zip file, in which readers look first."""
+    for name in ('ckpt.pt', 'ckpt.prev.pt'):
+        shutil.copy(trained / name, tmp_path)
+    good = (tmp_path / 'ckpt.pt').read_bytes()
+    for at in range(len(good) - 200, len(good) - 71, 3):
+        bad = bytearray(good)
+        bad[at] ^= 1 << at % 8
+        (tmp_path / 'ckpt.pt').write_bytes(bad)
+        path, _ = checkpoint.load_from(str(tmp_path), best=False)
+        assert path.endswith('ckpt.prev.pt'), at
+
+
+def test_where_else_a_checkpoint_may_be(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out-songs')
+    with pytest.raises(UserError, match='did you mean .*out-songs'):
+        checkpoint.load_from(str(tmp_path / 'out-song'))
+    (tmp_path / 'new' / 'earlier').mkdir(parents=True)
+    with pytest.raises(UserError, match='the run before it is in .*earlier'):
+        checkpoint.load_from(str(tmp_path / 'new'))
 
 
 def test_gpt2_checkpoints_have_nanogpts_form(chars, tmp_path):

@@ -226,7 +226,7 @@ def test_mistakes_with_checkpoints(sharded, trained, tmp_path, capsys):
     for args, message in (
         (['merge', trained / 'ckpt.pt', tmp_path / 'x.pt'], 'merge reads a folder'),
         (['split', sharded / 'ckpt', tmp_path / 'x'], 'split reads a file'),
-        (['split', trained / 'ckpt.pt', sharded], 'exists already'),
+        (['split', trained / 'ckpt.pt', sharded], 'already exists'),
         (['verify', tmp_path / 'nothing'], 'no such folder or file'),
         (['verify', tmp_path], 'holds no checkpoint'),
     ):
