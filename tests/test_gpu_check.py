@@ -237,28 +237,28 @@ def test_devices_by_name(gpu):
 )
 def test_dtype_by_capability(gpu, capability, dtype):
     gpu(*capability)
-    device = torch.device('cuda')
+    cuda = torch.device('cuda')
     assert (
-        device.pick_dtype('auto', device, large=True)
-        == device.pick_dtype('auto', device, large=False)
+        device.pick_dtype('auto', cuda, large=True)
+        == device.pick_dtype('auto', cuda, large=False)
         == dtype
     )
-    assert device.pick_dtype('float32', device) == torch.float32
+    assert device.pick_dtype('float32', cuda) == torch.float32
 
 
 def test_what_compiling_needs(gpu, monkeypatch):
-    device = torch.device('cuda')
+    cuda = torch.device('cuda')
     monkeypatch.setitem(sys.modules, 'triton', None)
-    assert device.can_compile(device) == 'Triton is not installed'
+    assert device.can_compile(cuda) == 'Triton is not installed'
     monkeypatch.setitem(sys.modules, 'triton', sys)
     monkeypatch.setenv('CC', 'cc')
-    assert device.can_compile(device) == ''
+    assert device.can_compile(cuda) == ''
     gpu(6, 1)
-    assert device.can_compile(device) == 'this GPU is too old for Triton'
+    assert device.can_compile(cuda) == 'this GPU is too old for Triton'
     gpu(7, 0)
     monkeypatch.delenv('CC')
     monkeypatch.setenv('PATH', '/nonexistent')
-    assert device.can_compile(device) == 'no C compiler found'
+    assert device.can_compile(cuda) == 'no C compiler found'
 
 
 class OnGPU(torch.Tensor):

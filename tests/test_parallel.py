@@ -287,7 +287,7 @@ def test_a_node_needs_only_its_own_shards(tmp_path):
     for step in 0, 7, 400:
         a, b = whole.batch(step, 5)[0], part.batch(step, 5)[0]
         assert np.array_equal(a, b) and set(np.unique(a)) <= {1, 3}
-    with pytest.raises(UserError, match='whose number leaves 0'):
+    with pytest.raises(UserError, match='whose number modulo 2 is 0'):
         Split(str(mine), 'train', 16, 50257, 1337, 0, 2)
 
 

@@ -16,7 +16,7 @@ import pytest
 from configurator import configure
 from lyregpt import report
 from lyregpt.dataset import write_dataset
-from lyregpt.logger import OF_A_RUN
+from lyregpt.logger import RUN_FILES
 from lyregpt.report import METRICS, Run
 from lyregpt.text import split_text
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
@@ -97,7 +97,7 @@ def test_a_run_ends_with_its_report(reported):
         and '>beta1</th><td>0.9<' in others
     )
     assert len(page) < 150_000
-    assert {'report.html', 'run.json'} <= set(OF_A_RUN), 'a new run in this folder puts them aside'
+    assert {'report.html', 'run.json'} <= set(RUN_FILES), 'a new run in this folder puts them aside'
 
 
 def test_one_page_for_itself(reported, tmp_path):
