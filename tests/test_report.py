@@ -64,7 +64,7 @@ def test_a_run_ends_with_its_report(reported):
         page_of(reported),
         json.loads((reported / 'run.json').read_text()),
     )
-    assert log.splitlines()[-1].endswith(f'look at: {reported / "report.html"}')
+    assert log.splitlines()[-1].endswith(f'report: {reported / "report.html"}')
     assert [s['from_step'] for s in sessions] == [0, 20] and {s['end'] for s in sessions} == {
         'done'
     }, 'one entry for each start'
