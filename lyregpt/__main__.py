@@ -52,7 +52,7 @@ def run_command() -> None:
         module, _ = COMMANDS[command]
         arguments = []
         if command == 'convert-config':
-            arguments = [importlib.import_module('train').TrainConfig]
+            arguments = [lambda: importlib.import_module('train').TrainConfig]
         importlib.import_module(module).main(*arguments)
 
 

@@ -192,6 +192,10 @@ def train(
     # The token files
     if texts is not None and 'dataset' in options:
         raise UserError('texts and dataset are both given: leave one out')
+    if texts is None and 'dataset' not in options and start != 'resume':
+        raise UserError(
+            'nothing to train on: give a list of texts, a file or folder of them, or dataset='
+        )
     if (tokenizer or vocab_size) and (texts is None or start != 'scratch'):
         source = 'a prepared dataset' if texts is None else start
         raise UserError(f'{source} brings its own tokenizer: leave tokenizer and vocab_size out')
@@ -200,12 +204,8 @@ def train(
         dataset = prepare(list_of(texts), out_dir, chosen_tokenizer, vocab_size)
     elif 'dataset' in options:
         dataset = asked.dataset
-    elif start == 'resume':
-        dataset = data_of(checkpoint.load_from(out_dir, best=False, lazy=True)[1], out_dir)
     else:
-        raise UserError(
-            'nothing to train on: give a list of texts, a file or folder of them, or dataset='
-        )
+        dataset = data_of(checkpoint.load_from(out_dir, best=False, lazy=True)[1], out_dir)
 
     # The options that are still open
     chosen: dict[str, Any] = {}

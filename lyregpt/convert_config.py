@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from configurator import DATA_FORMATS, UserError, build, convert, did_you_mean, parse
@@ -139,13 +140,13 @@ def convert_file(old: str, new: str, options: type) -> dict[str, Any]:
     return values
 
 
-def main(options: type) -> None:
-    """Run the command `convert-config` for the dataclass `options`, that of train.py."""
+def main(load_options: Callable[[], type]) -> None:
+    """Run the command `convert-config`; `load_options` imports the dataclass of train.py."""
     parser = argparse.ArgumentParser(
         prog=sys.argv[0], description="Convert another project's config to one for train.py."
     )
     parser.add_argument('old', help='a .json, .yaml or .yml file, nested or flat')
     parser.add_argument('new', help='the file to write: .json, .yaml, .yml or .py')
     args = parser.parse_args()
-    values = convert_file(args.old, args.new, options)
+    values = convert_file(args.old, args.new, load_options())
     print(f'wrote {args.new}: {len(values)} options; to use it: python train.py {args.new}')

@@ -51,7 +51,9 @@ def pick_device(name: str) -> torch.device:
 
     Raises UserError for a device that this machine lacks.
     """
-    counts = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    # device_count() also counts GPUs whose driver is too old for this PyTorch
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {'cuda': n_gpus, 'mps': int(torch.backends.mps.is_available())}
     if name == 'auto':
         name = next((kind for kind, number in counts.items() if number), 'cpu')
     try:

@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -39,6 +38,7 @@ from lyregpt.originality import Index, index_of
 from lyregpt.text import atomic_write
 
 # Options that a running session cannot change: the model, the machine, and what the prompt replaces
+HEADER_LINES = r'^(Artist|Album|Year): .*\n|\[.*\]\n|^Title: '  # left out where texts are listed
 FIXED = set(
     'out_dir init_from device dtype threads quantize compile json interactive num_samples start '
     'dataset'.split()
@@ -105,9 +105,7 @@ class Session:
                 if not sys.stdin.isatty():  # nobody is there to type on
                     raise
                 self.say('Ctrl-D or /quit exits')
-            except BrokenPipeError:  # the reader of our output is gone
-                raise
-            except (ValueError, OSError) as error:  # UserError, or a file that cannot be used
+            except ValueError as error:  # a UserError
                 self.say(str(error), '')
             start = ''
 
@@ -165,7 +163,10 @@ class Session:
     def begin(self, start: str) -> None:
         """Generate a new text. Raises UserError."""
         config = replace(self.config, start=start)
-        prompt = prompt_text(config)
+        try:
+            prompt = prompt_text(config)
+        except OSError as error:
+            raise UserError(f'{error.filename}: {error.strerror}') from None
         ids = encode_prompt(self.loaded.tokenizer, prompt)
         self.tokens = self.stream(prompt, ids)
         decode = self.loaded.tokenizer.stream_decoder()
@@ -190,8 +191,8 @@ class Session:
     def resume(self, text: Text) -> None:
         """Print the current text's next max_new_tokens tokens; stops at its end or at Ctrl-C."""
         # A flag instead of KeyboardInterrupt, which would break off a token's computation
-        interrupted = threading.Event()
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        interrupted: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
         started, tokens_before, limit = time.perf_counter(), text.tokens, self.config.max_new_tokens
         try:
             with silent_keys(self.on_terminal):
@@ -199,14 +200,14 @@ class Session:
                     text.ids.append(token)
                     text.tokens += 1
                     text.add(token)
-                    if interrupted.is_set():
+                    if interrupted:
                         break
         finally:
             signal.signal(signal.SIGINT, handler)
         count = text.tokens - tokens_before
         rate = count / (time.perf_counter() - started)
-        text.ended = count < limit and not interrupted.is_set()
-        how = 'stopped' if interrupted.is_set() else 'paused, /more continues'
+        text.ended = count < limit and not interrupted
+        how = 'stopped' if interrupted else 'paused, /more continues'
         if text.ended:
             text.add(None)  # after a pause within a character, /more completes it
             how = 'the document ended'
@@ -251,9 +252,13 @@ class Session:
         self.current()
         if not number:
             for n, text in enumerate(self.texts, 1):
-                line = re.sub(r'\n+', ' / ', text.text)
+                words = re.sub(HEADER_LINES, '', text.text, flags=re.MULTILINE)
+                line = re.sub(r'\n+', ' / ', words)
                 mark = '*' if text is self.text else ' '
-                self.say(f'{mark} {n:2}  {line}'[: self.width()], '')
+                line = f'{mark} {n:2}  {line}'
+                if len(line) > self.width():
+                    line = line[: self.width() - 1] + '…'
+                self.say(line, '')
             return
         if not number.isdecimal() or not 1 <= int(number) <= len(self.texts):
             raise UserError(
@@ -274,7 +279,10 @@ class Session:
         path = os.path.expanduser(path) or free
         if os.path.exists(path):
             raise UserError(f'{path} exists: name another file, or /save alone for {free}')
-        atomic_write(path, (text.text.rstrip('\n') + '\n').encode('utf-8', 'replace'))
+        try:
+            atomic_write(path, (text.text.rstrip('\n') + '\n').encode('utf-8', 'replace'))
+        except OSError as error:
+            raise UserError(f'{path}: {error.strerror}') from None
         self.say(f'saved as {path}')
 
     def do_options(self, _: str) -> None:
@@ -340,6 +348,15 @@ def silent_keys(on_terminal: bool) -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
+class LenientHistory(FileHistory):
+    """A history file that a full disk does not turn into an error for every line."""
+
+    def store_string(self, string: str) -> None:
+        """Append a line to the file, if that is possible."""
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
 def line_editor(names: dict[str, str], options: Collection[str]) -> PromptSession:
     """Return an editor for lines on a terminal, with history and completion of `names`.
 
@@ -359,7 +376,7 @@ def line_editor(names: dict[str, str], options: Collection[str]) -> PromptSessio
     with contextlib.suppress(OSError):
         if path:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # only for its owner
-            history = FileHistory(path)
+            history = LenientHistory(path)
     return PromptSession(
         [('bold', '> ')],
         history=history,

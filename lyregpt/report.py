@@ -494,7 +494,7 @@ STYLE: dict[Any, Any] = {
 
 def charts(run: Run) -> list[tuple[str, str, str]]:
     """(title, description in words, SVG) of each curve that the run has figures for."""
-    in_bits = (run.best.get('val_bpb') or 0.0) / run.best.get('val_loss', 1.0)
+    in_bits = (run.best.get('val_bpb') or 0.0) / (run.best.get('val_loss') or 1.0)
     mfu, speed = run.median('mfu') or 0.0, run.median('tokens_per_second') or 1.0
     kinds: list[tuple[str, list[str], dict[str, Any]]] = [
         ('Loss', ['train_loss', 'val_loss'], {'right': ('bits per byte', in_bits)}),

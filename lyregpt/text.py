@@ -131,11 +131,11 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
             for lines in iter(lambda: f.readlines(1 << 16), []):
                 yield ''.join(lines)
     except LookupError:
-        raise UserError(f'encoding={encoding}: Python knows no such encoding') from None
+        raise UserError(f'encoding={encoding}: unknown encoding') from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{path}: is not all {encoding} ({error.reason}); save it as UTF-8, '
-            'or tell prepare.py its encoding, as in --encoding=cp1252'
+            f'{path}: is not valid {encoding} ({error.reason}); save it as UTF-8 '
+            '(prepare.py also takes --encoding, as in --encoding=cp1252)'
         ) from None
 
 

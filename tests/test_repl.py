@@ -240,7 +240,7 @@ def test_texts_are_kept(talk, tmp_path):
     told = '\n'.join(said)
     assert (
         'song-1.txt exists' in told
-        and "No such file or directory: 'no/where.txt" in told
+        and 'no/where.txt: No such file or directory' in told
         and f'{os.path.expanduser("~")} exists' in told
     )
     assert (
