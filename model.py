@@ -47,11 +47,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def require(*conditions: tuple[Any, str]) -> None:
-    """Raise ValueError with the message of the first pair whose condition is false."""
-    for condition, message in conditions:
-        if not condition:
-            raise ValueError(message)
+def require(condition: Any, message: str) -> None:
+    """Raise ValueError with the message if the condition is false."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
@@ -80,40 +79,32 @@ class GPTConfig:
     head_dim: int = BY_ARCH  # width of a head; n_embd / n_head by default
 
     def __post_init__(self) -> None:
-        require((self.arch in PRESETS, f'arch={self.arch}: expected gpt2 or modern'))
-        n_head = max(1, self.n_head)  # a bad value is reported below
-        require(
-            (
-                self.head_dim or self.n_embd % n_head == 0,
-                f'n_head={self.n_head} does not divide n_embd={self.n_embd}: '
-                'all heads have the same width',
-            )
-        )
-        defaults = {'n_kv_head': self.n_head, 'head_dim': self.n_embd // n_head}
-        defaults |= PRESETS[self.arch]
-        defaults['n_ff'] = 4 * self.n_embd
+        require(self.arch in PRESETS, f'arch={self.arch}: expected gpt2 or modern')
+        for key in 'block_size vocab_size n_layer n_head n_embd n_kv_head head_dim n_ff'.split():
+            value = getattr(self, key)
+            require(value is None or value >= 1, f'{key}={value}: expected at least 1')
+        message = f'n_head={self.n_head} does not divide n_embd={self.n_embd}: '
+        message += 'all heads have the same width'
+        require(self.head_dim or self.n_embd % self.n_head == 0, message)
+        defaults = PRESETS[self.arch] | {
+            'n_kv_head': self.n_head,
+            'head_dim': self.n_embd // self.n_head,
+            'n_ff': 4 * self.n_embd,
+        }
         if (self.mlp or defaults['mlp']) == 'swiglu':
             defaults['n_ff'] = 32 * ceil_div(8 * self.n_embd, 3 * 32)
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        for key in 'block_size vocab_size n_layer n_head n_embd n_kv_head head_dim n_ff'.split():
-            require((getattr(self, key) >= 1, f'{key}={getattr(self, key)}: expected at least 1'))
         for key, choices in CHOICES.items():
             value = getattr(self, key)
-            require((value in choices, f'{key}={value}: expected one of {", ".join(choices)}'))
-        require(
-            (
-                self.n_head % self.n_kv_head == 0,
-                f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}',
-            ),
-            (0 <= self.dropout < 1, f'dropout={self.dropout}: expected 0 or more, and below 1'),
-            (
-                self.position != 'rope' or self.head_dim % 2 == 0,
-                f'head_dim={self.head_dim} (n_embd / n_head, if not given): '
-                'RoPE rotates pairs of features, so it must be even',
-            ),
-        )
+            require(value in choices, f'{key}={value}: expected one of {", ".join(choices)}')
+        message = f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}'
+        require(self.n_head % self.n_kv_head == 0, message)
+        require(0 <= self.dropout < 1, f'dropout={self.dropout}: expected 0 or more, and below 1')
+        message = f'head_dim={self.head_dim} (n_embd / n_head, if not given): '
+        message += 'RoPE rotates pairs of features, so it must be even'
+        require(self.position != 'rope' or self.head_dim % 2 == 0, message)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that rebuild this config; nanoGPT's seven alone where they suffice."""
@@ -223,7 +214,7 @@ def batch_invariant_attention(
 ) -> torch.Tensor:
     """Attention of q (B, H, 1, D) to k and v (B, n_kv_head, keys, D), with mask (B, 1, 1, keys).
 
-    A row's result has the same bits whatever the rest of the batch. The fused kernel's has not:
+    A row's result has the same bits whatever the rest of the batch. The fused kernel's does not:
     on CPUs the work of a row, and so the rounding, depends on the number of rows (He et al. 2025,
     "Defeating Nondeterminism in LLM Inference"; checked by tests/test_engine.py).
     """
@@ -587,7 +578,7 @@ class GPT(nn.Module):
         """
         size = self.config.block_size
         message = f'block_size={block_size}: this model can be cropped to 1 … {size} tokens'
-        require((1 <= block_size <= size, message))
+        require(1 <= block_size <= size, message)
         self.config.block_size = block_size
         if self.config.position == 'learned':
             weight = self.transformer.wpe.weight[:block_size].clone()
@@ -629,13 +620,9 @@ class GPT(nn.Module):
         check_sampling(temperature, top_k, top_p, repetition_penalty, max_new_tokens)
         history = [torch.as_tensor(prompt, dtype=torch.long).tolist() for prompt in prompts]
         batch, device = len(history), self.transformer.wte.weight.device
-        require(
-            (history and all(history), 'a prompt is empty: give at least one token'),
-            (
-                avoid is None or len(avoid) == batch,
-                f'avoid holds {len(avoid or ())} objects for {batch} prompts: give one each',
-            ),
-        )
+        require(history and all(history), 'a prompt is empty: give at least one token')
+        message = f'avoid holds {len(avoid or ())} objects for {batch} prompts: give one each'
+        require(avoid is None or len(avoid) == batch, message)
         sampler = Sampler(history, self.config, device, seed, repetition_penalty, avoid)
         stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
         running = torch.ones(batch, dtype=torch.bool, device=device)
@@ -698,14 +685,14 @@ class GPT(nn.Module):
             part = copy.copy(cache)
             part.data, part.length, part.position = cache.data[:, :, i : i + 1], 0, None
             logits.append(self.next_logits(torch.tensor([row], device=weight.device), part))
+        if shared:
+            cache.data[:, :, 1:, :, :longest] = cache.data[:, :, :1, :, :longest]
         cache.length, cache.position = longest, None
-        if not shared:
-            cache.position = torch.tensor([[len(row)] for row in history], device=weight.device)
-            return cache, torch.cat(logits)
-        if static:
+        if static and all(len(row) == longest for row in history):
             cache.position = torch.tensor([longest], device=weight.device)
-        cache.data[:, :, 1:, :, :longest] = cache.data[:, :, :1, :, :longest]
-        return cache, logits[0].expand(batch, -1)
+        elif not shared:
+            cache.position = torch.tensor([[len(row)] for row in history], device=weight.device)
+        return cache, torch.cat(logits).expand(batch, -1)
 
     def _decode(self, tokens: torch.Tensor, cache: KVCache, compiled: bool) -> torch.Tensor:
         """Read one token of each row, (B, 1); returns the next logits (B, V)."""
@@ -740,16 +727,12 @@ def check_sampling(
     max_new_tokens: int = 1,
 ) -> None:
     """Raises ValueError, with the option's name, for a value that is out of range."""
-    require(
-        (temperature >= 0, f'temperature={temperature}: expected 0 (greedy) or more'),
-        (not top_k or top_k > 0, f'top_k={top_k}: expected 0 (off) or more'),
-        (not top_p or 0 < top_p <= 1, f'top_p={top_p}: expected a share from 0 (off) to 1'),
-        (
-            repetition_penalty > 0,
-            f'repetition_penalty={repetition_penalty}: expected more than 0 (1 is off)',
-        ),
-        (max_new_tokens >= 0, f'max_new_tokens={max_new_tokens}: expected 0 or more'),
-    )
+    require(temperature >= 0, f'temperature={temperature}: expected 0 (greedy) or more')
+    require(not top_k or top_k > 0, f'top_k={top_k}: expected 0 (off) or more')
+    require(not top_p or 0 < top_p <= 1, f'top_p={top_p}: expected a share from 0 (off) to 1')
+    message = f'repetition_penalty={repetition_penalty}: expected more than 0 (1 is off)'
+    require(repetition_penalty > 0, message)
+    require(max_new_tokens >= 0, f'max_new_tokens={max_new_tokens}: expected 0 or more')
 
 
 def uniform_numbers(seeds: Iterable[int], device: torch.device) -> Iterator[torch.Tensor]:
@@ -761,7 +744,7 @@ def uniform_numbers(seeds: Iterable[int], device: torch.device) -> Iterator[torc
 
 
 class Sampler:
-    """What precedes and follows the choice of a token, for the rows of a batch.
+    """Adjusts logits and records the chosen tokens, for the rows of a batch.
 
     `uniforms` yields random numbers (B,), row i's from an RNG seeded with `seed + i`. Tokens that a
     row contains are less likely by `repetition_penalty` (Keskar et al. 2019; 1 is off). `avoid` is
@@ -778,25 +761,28 @@ class Sampler:
         avoid: Sequence[Any] | None,
     ):
         self.uniforms = uniform_numbers(range(seed, seed + len(prompts)), device)
-        self.penalty, self.avoid = repetition_penalty, avoid
-        self.seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
-        for i, prompt in enumerate(prompts):
-            self.seen[i, prompt] = True
+        self.penalty, self.avoid = repetition_penalty, avoid or ()
+        if self.penalty != 1:
+            shape = (len(prompts), config.vocab_size)
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            for row, prompt in zip(self.seen, prompts):
+                row[prompt] = True
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply the repetition penalty to logits (B, V), and exclude banned tokens."""
         if self.penalty != 1:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             logits = torch.where(self.seen[:, : logits.size(1)], less, logits)
-        if self.avoid:
-            banned = torch.zeros(logits.shape, dtype=torch.bool)
-            for row, copy_filter in zip(banned, self.avoid):
-                row[copy_filter.banned()] = True
-            logits = logits.masked_fill(banned.to(logits.device), -math.inf)
+        banned = [copy_filter.banned() for copy_filter in self.avoid]
+        if any(banned):
+            mask = torch.zeros(logits.shape, dtype=torch.bool)
+            for row, ids in zip(mask, banned):
+                row[ids] = True
+            logits = logits.masked_fill(mask.to(logits.device), -math.inf)
         return logits
 
     def push(self, tokens: torch.Tensor) -> None:
-        """Take note of the tokens (B,) that were chosen."""
+        """Record the tokens (B,) that were chosen."""
         if self.penalty != 1:
             self.seen.scatter_(1, tokens[:, None], True)
         if self.avoid:

@@ -48,9 +48,9 @@ class SampleConfig:
     # probability; 0 is off
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     stop_at_end: bool = True  # stop where the model ends the document; False: start another one
-    seed: int = 1337  # sample i uses the seed + i, so it does not depend on num_samples
+    seed: int = 1337  # sample i uses seed + i, so it does not depend on num_samples
 
-    # Is it original
+    # Originality
     originality: bool = False  # after each sample, report how much of it is in the training split
     # (see lyregpt/originality.py); with json as offsets into prompt + text
     avoid_copying: int | None = None  # never generate this many consecutive words of the training

@@ -311,8 +311,10 @@ class Engine:
             self.requests.discard(request)
             self.leave(request)
         else:
-            starts = [stop[:k] for stop in request.stop for k in range(1, len(stop))]
-            n_held = max((len(s) for s in starts if request.held.endswith(s)), default=0)
+            for stop in request.stop:
+                for k in range(1, min(len(stop), len(request.held) + 1)):
+                    if request.held.endswith(stop[:k]):
+                        n_held = max(n_held, k)
         delta = Delta(request.held[: len(request.held) - n_held], finish=finish)
         request.held = request.held[len(delta.text) :]
         request.n_emitted += len(delta.text)

@@ -81,13 +81,9 @@ def quantize_model(model: GPT, kind: str | None = None) -> GPT:
     the device does not support `kind`.
     """
     device = model.transformer.wte.weight.device.type
-    require(
-        (kind in (None, 'int8'), f'quantize={kind}: expected None or int8'),
-        (
-            kind is None or device in ('cpu', 'cuda'),
-            f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there',
-        ),
-    )
+    require(kind in (None, 'int8'), f'quantize={kind}: expected None or int8')
+    message = f'quantize={kind}: works on cpu and cuda, not on {device}; use dtype=float16 there'
+    require(kind is None or device in ('cpu', 'cuda'), message)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

@@ -53,7 +53,7 @@ from model import GPT
 LOCAL = ('127.0.0.1', 'localhost', '::1')
 DISCONNECTED = 'the client has disconnected'
 ERROR_STATUS = {DISCONNECTED: 499}  # 500: other errors of a generation
-BODY_TIMEOUT = 30  # seconds in which the body of a request must arrive
+BODY_TIMEOUT = 30  # seconds in which the next part of a request's body must arrive
 MAX_ROWS = 2000  # about how many rows of metrics.csv the page gets
 LOGPROBS = {  # OpenAI's names: ours
     'tokens': 'token',
@@ -96,7 +96,7 @@ class ServeConfig:
     # Limits
     max_batch: int = 64  # sequences generated at once
     max_queue: int = 256  # sequences that may wait; requests beyond that get status 503
-    max_new_tokens: int = 4096  # most tokens of one sequence
+    max_new_tokens: int = 4096  # maximum tokens per sequence
     max_body: int = 1_000_000  # bytes of a request
 
     # Machine
@@ -140,7 +140,7 @@ class Completion(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
     model: str | None = None
     prompt: str | Many[str] | Tokens | Many[Tokens] = ''
-    max_tokens: int = Field(16, ge=0)
+    max_tokens: int | None = Field(None, ge=0, description='16 by default')
     n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -176,10 +176,14 @@ class Completion(BaseModel):
     @model_validator(mode='before')
     @classmethod
     def null_is_default(cls, fields: Any) -> Any:
-        """Leave out the fields that are null, as OpenAI's API does."""
+        """Leave out our fields that are null, as OpenAI's API does."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in cls.model_fields
+        }
 
 
 EXPECTED = {  # of fields with several types, whose own errors describe the first type only
@@ -266,11 +270,12 @@ class Gate:
             return await self.app(scope, receive, send)
         try:
             self.check(scope['path'], dict(scope['headers']))
-            body = await asyncio.wait_for(self.read(receive), BODY_TIMEOUT)
+            message = await self.read(receive)
         except (ApiError, asyncio.TimeoutError) as error:
             response = as_api_error(error).response({'Connection': 'close'})
             return await response(scope, receive, send)
-        await self.app(scope, functools.partial(replay, [body], receive), send)
+        if message['type'] != 'http.disconnect':  # else nobody waits for the answer
+            await self.app(scope, functools.partial(replay, [message], receive), send)
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise ApiError for a request that need not be read."""
@@ -297,10 +302,12 @@ class Gate:
             raise ApiError(413, message, code='request_too_large')
 
     async def read(self, receive: Receive) -> Message:
-        """The whole body in one message."""
+        """The whole body in one message, or the message that the client has disconnected."""
         body, message = bytearray(), dict[str, Any](more_body=True)
         while message.get('more_body'):
-            message = dict(await receive())
+            message = dict(await asyncio.wait_for(receive(), BODY_TIMEOUT))
+            if message['type'] == 'http.disconnect':
+                return message
             body += message.get('body', b'')
             self.check_size(len(body))
         return {'type': 'http.request', 'body': bytes(body)}
@@ -375,7 +382,8 @@ class Service:
         It is built on first use, in a thread that ends with the program.
         """
         if not self.about['originality']:
-            message = 'the training split of this model is not here, so copying is not detected'
+            message = 'the training split of this model is not on this machine'
+            message += ', so copying cannot be detected'
             raise ApiError(400, message, 'originality')
         if self.index is None:
             self.index = Future()
@@ -398,18 +406,17 @@ class Service:
         if ask.model not in (None, self.name):
             message = f'the model {ask.model!r} is not here; there is {self.name!r}'
             raise ApiError(404, message, 'model', 'model_not_found')
-        for is_wrong, param, message in (
-            (
-                'max_tokens' in ask.model_fields_set and ask.max_tokens > most,
-                'max_tokens',
-                f'expected {most} at most',
-            ),
-            (ask.best_of not in (None, ask.n), 'best_of', 'leave it out, or make it equal n'),
-            (ask.stream_options and not ask.stream, 'stream_options', 'expected stream=true'),
-            (ask.avoid_copying == 1, 'avoid_copying', 'expected 2 or more words, or 0 for off'),
-        ):
-            if is_wrong:
-                raise ApiError(400, f'{param}={getattr(ask, param)}: {message}', param)
+        if ask.max_tokens is not None and ask.max_tokens > most:
+            message = f'max_tokens={ask.max_tokens}: expected at most {most}'
+            raise ApiError(400, message, 'max_tokens')
+        if ask.best_of not in (None, ask.n):
+            message = f'best_of={ask.best_of} is not supported: leave it out, or set it to n'
+            raise ApiError(400, message, 'best_of')
+        if ask.stream_options and not ask.stream:
+            raise ApiError(400, 'stream_options needs stream=true', 'stream_options')
+        if ask.avoid_copying == 1:
+            message = 'avoid_copying=1: expected 2 or more words, or 0 for off'
+            raise ApiError(400, message, 'avoid_copying')
 
     def prompts(self, ask: Completion) -> list[Prompt]:
         """The prompt of each sample. Raises ApiError."""
@@ -417,12 +424,13 @@ class Service:
         if isinstance(asked, str) or isinstance(asked[0], int):
             asked = [asked]
         if len(asked) * ask.n > max(self.config.max_batch, self.config.max_queue):
-            message = f'{len(asked)} prompts × n={ask.n}: more than this server takes at once'
-            raise ApiError(400, message, 'n')
+            message = f'{len(asked)} prompts × n={ask.n}: more sequences than this server accepts'
+            raise ApiError(400, f'{message} at once', 'n')
         try:
-            return [self.encode(prompt, ask) for prompt in asked for _ in range(ask.n)]
+            encoded = [self.encode(prompt, ask) for prompt in asked]
         except UserError as error:
             raise ApiError(400, str(error), 'prompt') from None
+        return [prompt for prompt in encoded for _ in range(ask.n)]
 
     def encode(self, prompt: str | list[int], ask: Completion) -> Prompt:
         """A prompt after its song header. Raises ApiError if it is too long, UserError."""
@@ -451,10 +459,11 @@ class Service:
     def requests(self, ask: Completion, prompts: list[Prompt], index: Any) -> list[Request]:
         """A request to the engine for each prompt; number i uses seed + i, as in sample.py."""
         deltas: asyncio.Queue[tuple[Request, Delta]] = asyncio.Queue()
+        max_tokens = 16 if ask.max_tokens is None else ask.max_tokens
         return [
             Request(
                 ids,
-                max_tokens=min(ask.max_tokens, self.config.max_new_tokens),
+                max_tokens=min(max_tokens, self.config.max_new_tokens),
                 temperature=ask.temperature,
                 top_k=ask.top_k,
                 top_p=ask.top_p,
@@ -822,12 +831,17 @@ def main() -> None:
     if ':' in host:
         family, host = socket.AF_INET6, f'[{host}]'
     try:  # from now on clients wait instead of being refused
-        listening = socket.create_server((config.host, config.port), family=family, backlog=2048)
+        listening = socket.create_server(
+            (config.host, config.port),
+            family=family,
+            backlog=2048,
+            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
         where = f'host={config.host} port={config.port}'
+        reason = str(error.strerror or error).split(' (while')[0]  # create_server adds the address
         raise UserError(
-            f'{where}: cannot listen there ({error.strerror or error}); choose another --port or '
-            '--host'
+            f'{where}: cannot listen there ({reason}); choose another --port or --host'
         ) from None
     with listening:
         service = Service(config) if config.out_dir else None

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -192,6 +193,17 @@ def test_stop_texts():
     assert ''.join(t['token'] for t in told) == cut and [t['offset'] for t in told] == list(
         range(len(cut))
     )
+
+
+def test_a_long_stop_text_costs_little():
+    """As many beginnings of it as characters are held are compared, not all 30,000."""
+    with Running(build()) as running:
+        rows = [Request([1, 2], max_tokens=10, stop=['x' * 30_000]), Request([1, 2], max_tokens=10)]
+        tracemalloc.start()
+        first, second = running.texts(submitted(running, rows))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert first == second and peak < 20e6
 
 
 def test_probabilities_are_the_models():

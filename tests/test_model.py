@@ -265,6 +265,7 @@ def test_flops_are_those_that_torch_counts():
         (dict(arch='gpt3'), 'arch=gpt3'),
         (dict(n_kv_head=3), 'n_kv_head=3'),
         (dict(n_layer=0), 'n_layer=0'),
+        (dict(n_embd=-5), 'n_embd=-5: expected at least 1'),
         (dict(mlp='tanh'), 'mlp=tanh'),
         (dict(arch='modern', n_head=32), 'even'),
     ],
@@ -476,19 +477,25 @@ def test_quantize_kinds_that_cannot_be():
 @pytest.mark.parametrize('changes', [dict(arch='modern', n_kv_head=2), dict(arch='gpt2')])
 def test_compiled_step_writes_the_same(changes, monkeypatch):
     """The static cache through torch.compile's tracing; a long test has its code generation, too."""
-    compile = torch.compile
+    compile, graphs = torch.compile, []
     monkeypatch.setattr(
-        torch, 'compile', lambda f, mode: compile(f, backend='eager', fullgraph=True)
+        torch,
+        'compile',
+        lambda f, mode: compile(
+            f, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True
+        ),
     )
-    model = random_model(**changes)
     for prompts in ([[1, 2, 3]] * 3, [[1], [2, 3, 4, 5]]):
         kwargs = dict(
             max_new_tokens=40, temperature=0.9, top_k=20
         )  # longer than the context: it slides
+        model = random_model(**changes)
+        graphs.clear()
         plain = torch.stack(list(model.generate(prompts, **kwargs)))
         assert torch.equal(
             torch.stack(list(model.generate(prompts, compile=True, **kwargs))), plain
         )
+        assert len(graphs) == 1
 
 
 @pytest.mark.long

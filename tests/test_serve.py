@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -23,6 +24,8 @@ from tests.conftest import ROOT, script
 
 openai = pytest.importorskip('openai')
 pytest.importorskip('fastapi')
+
+from lyregpt import serve  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -332,6 +335,7 @@ def test_sixty_four_clients_for_a_minute(trained):
     'fields, status, says',
     [
         ({'promt': 'x'}, 400, 'promt'),
+        ({'promt': None}, 400, 'promt'),
         ({'prompt': 5}, 400, 'list of texts'),
         ({'prompt': []}, 400, 'prompt'),
         ({'prompt': [[]]}, 400, 'prompt'),
@@ -412,6 +416,48 @@ def test_broken_requests(server):
             and time.monotonic() - began < 1
         )
     assert complete(server, prompt='The').status_code == 200
+
+
+def through_gate(*messages, pause=0.0):
+    """What Gate passes on of a request, and what it sends itself, as two lists of messages."""
+    passed, sent, left = [], [], list(messages)
+
+    async def receive():
+        await asyncio.sleep(pause)
+        return left.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        passed.append(await receive())
+
+    gate = serve.Gate(app, serve.ServeConfig(out_dir=''))
+    scope = {'type': 'http', 'method': 'POST', 'path': '/', 'headers': [(b'host', b'localhost')]}
+    asyncio.run(gate(scope, receive, send))
+    return passed, sent
+
+
+def test_bodies_in_parts(monkeypatch):
+    """One that breaks off is not passed on; each part has its own time."""
+    parts = [{'type': 'http.request', 'body': b'{}', 'more_body': True}] * 8
+    end = {'type': 'http.request', 'body': b'', 'more_body': False}
+    assert through_gate(*parts, {'type': 'http.disconnect'}) == ([], [])
+    monkeypatch.setattr(serve, 'BODY_TIMEOUT', 0.2)
+    passed, sent = through_gate(*parts, end, pause=0.04)
+    assert passed[0]['body'] == b'{}' * 8 and not sent
+    passed, sent = through_gate(end, pause=0.4)
+    assert not passed and sent[0]['status'] == 408
+
+
+def test_a_prompt_of_many_samples_is_encoded_once():
+    calls = []
+    service = SimpleNamespace(
+        config=serve.ServeConfig(out_dir=''),
+        encode=lambda prompt, ask: calls.append(prompt) or ([1], 1, prompt),
+    )
+    prompts = serve.Service.prompts(service, serve.Completion(prompt=['a', 'b'], n=3))
+    assert calls == ['a', 'b'] and [text for _, _, text in prompts] == list('aaabbb')
 
 
 def test_no_path_reaches_the_file_system(server, trained, tmp_path):
@@ -557,7 +603,7 @@ def test_wrong_starts(trained, tmp_path):
         assert (
             done.returncode == 2
             and len(done.stderr.splitlines()) == 1
-            and 'choose another --port' in done.stderr
+            and 'cannot listen there (Address already in use); choose another --port' in done.stderr
         )
     for words, says in (
         (f'--out_dir={tmp_path}/none', 'no such folder'),
@@ -567,6 +613,14 @@ def test_wrong_starts(trained, tmp_path):
         assert (
             done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr
         ), done.stderr
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason='no IPv6 here')
+def test_all_addresses():
+    """--host=:: accepts IPv4, too."""
+    with serving('', '--host=::') as address:
+        port = address.rsplit(':', 1)[1]
+        assert requests.get(f'http://127.0.0.1:{port}/health', timeout=10).status_code == 200
 
 
 def test_watching_alone(tmp_path):
