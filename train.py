@@ -40,6 +40,16 @@ from lyregpt.tokenizer import CharTokenizer, Tokenizer
 from lyregpt.trial import Compiler, seconds_per_sequence
 from model import GPT, GPTConfig
 
+EVAL_TOKENS = 16384  # tokens that an evaluation reads at once
+LOWEST = {  # the lowest value that an option may have
+    **dict.fromkeys(('gradient_accumulation_steps', 'eval_interval', 'log_interval'), 1),
+    **dict.fromkeys(('shard_groups', 'eval_iters', 'lr_decay_iters'), 1),
+    **dict.fromkeys(('max_iters', 'warmup_iters', 'sample_interval', 'patience', 'min_lr'), 0),
+    **dict.fromkeys(('weight_decay', 'grad_clip', 'beta1', 'beta2', 'warmdown'), 0),
+    **dict.fromkeys(('checkpoint_interval', 'checkpoint_minutes'), 0),
+}
+OPTIONAL = ('max_minutes', 'eval_iters', 'lr_decay_iters', 'min_lr')  # may be None
+
 
 @dataclass
 class TrainConfig:
@@ -70,7 +80,7 @@ class TrainConfig:
     tie_weights: bool | None = None  # one matrix for embedding and head
 
     # Batch
-    batch_size: int | Literal['auto'] = 12  # sequences that a process handles at once (micro-batch)
+    batch_size: int | Literal['auto'] = 12  # sequences that a process handles at once;
     # auto: results as with 1, but as many at once as fit into memory
     gradient_accumulation_steps: int = 5 * 8  # times batch_size: sequences per step, all processes
     shard_groups: int = 1  # divide the dataset's shards into this many groups, each the source of
@@ -145,18 +155,19 @@ class TrainConfig:
         threads.check_threads(self.threads)
         if self.batch_size != 'auto' and self.batch_size < 1:
             raise ValueError(f'batch_size={self.batch_size}: expected auto or at least 1')
+        # written so that NaN, which compares as False, is refused
         for name, low in LOWEST.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if not (value is None and name in OPTIONAL) and not value >= low:
                 raise ValueError(f'{name}={value}: expected at least {low}')
         for name in ('learning_rate', 'timeout_minutes', 'max_minutes'):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if not (value is None and name in OPTIONAL) and not value > 0:
                 raise ValueError(f'{name}={value}: expected more than 0')
         for name in ('beta1', 'beta2'):
-            if getattr(self, name) >= 1:
+            if not getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected less than 1')
-        if self.warmdown > 1:
+        if not self.warmdown <= 1:
             raise ValueError(f'warmdown={self.warmdown}: expected at most 1')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
             raise ValueError('dtype=float16 does not work with parallel=fsdp: use bfloat16')
@@ -172,16 +183,6 @@ class TrainConfig:
         """The model that the options describe. Raises ValueError if they contradict one another."""
         names = [f.name for f in dataclasses.fields(GPTConfig) if hasattr(self, f.name)]
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
-
-
-LOWEST = {  # the lowest value that an option may have
-    **dict.fromkeys(('gradient_accumulation_steps', 'eval_interval', 'log_interval'), 1),
-    **dict.fromkeys(('shard_groups', 'eval_iters', 'lr_decay_iters'), 1),
-    **dict.fromkeys(('max_iters', 'warmup_iters', 'sample_interval', 'patience', 'min_lr'), 0),
-    **dict.fromkeys(('weight_decay', 'grad_clip', 'beta1', 'beta2', 'warmdown'), 0),
-    **dict.fromkeys(('checkpoint_interval', 'checkpoint_minutes'), 0),
-}
-EVAL_TOKENS = 16384  # tokens that an evaluation reads at once
 
 
 @dataclass
@@ -275,8 +276,8 @@ def learning_rate(config: TrainConfig, step: int, progress: float | None = None)
 class Evaluator:
     """Measures the validation loss: over the whole split, or a fixed part of it.
 
-    With max_minutes an evaluation takes a twentieth of the time at most. `seconds` is how long one
-    is expected to take, 0 without a budget.
+    With max_minutes and no eval_iters, an evaluation takes a twentieth of the time at most.
+    `seconds` is how long one is expected to take, 0 without a budget.
     """
 
     def __init__(self, start: Start, model: GPT, batches: TrainingBatches, autocast: Any) -> None:
@@ -373,14 +374,11 @@ def generate_sample(
 def pick_precision(
     config: TrainConfig, device: torch.device, model: GPT
 ) -> tuple[torch.dtype, contextlib.AbstractContextManager[Any]]:
-    """The numbers of matrix products, and the context that has them computed so.
+    """The dtype of matrix products and its autocast context. Allows TF32 on CUDA.
 
-    Raises UserError if the device does not have them.
+    Raises UserError if the device lacks the dtype.
     """
-    try:
-        dtype = pick_dtype(config.dtype, device, large=model.num_params() > 1_000_000)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    dtype = pick_dtype(config.dtype, device, large=model.num_params() > 1_000_000)
     if config.parallel == 'fsdp' and dtype == torch.float16:
         dtype = torch.float32  # an older GPU: the scaler does not support sharded gradients
     if device.type == 'cuda':
@@ -488,14 +486,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if saver.step != state.step:
             saver.save(state)
         saver.wait()
-    except RuntimeError as error:
+    except BaseException as error:
+        log.close()
         raise out_of_memory(error, config) or error from None
     finally:
         schedule.close()
         batches.close()
         log.bar.close()
-        if sys.exc_info()[0] is not None:
-            log.close()
 
     # The end
     saver.finish()
@@ -513,9 +510,9 @@ def evaluate_only(
     """Measure the validation loss of the model as it is, and end."""
     batches.close()
     val_loss = evaluator.evaluate()
-    log.say(f'validation loss {log.loss(val_loss)} (nats per token)')
+    log.say(f'validation loss in nats per token: {log.format_loss(val_loss)}')
     evaluator.distributed.close()
-    state.best_val_loss = min(val_loss, state.best_val_loss)
+    state.evaluated(val_loss)
     return result(state, val_loss, log)
 
 
@@ -525,7 +522,7 @@ def result(state: RunState, val_loss: float, log: Logger) -> dict[str, Any]:
         'step': state.step,
         'val_loss': val_loss,
         'best_val_loss': state.best_val_loss,
-        'train_seconds': log.train_seconds(),
+        'train_seconds': log.train_seconds,
         'first_step_at': log.first_step_at,
     }
 

@@ -70,7 +70,7 @@ class TrainingBatches:
         here = sum(split.n_tokens for split in self.splits.values())
         self.n_tokens = here * config.shard_groups // len(self.splits)
         self.pool = ThreadPoolExecutor(1)
-        self.upcoming: Future[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.upcoming: Future[tuple[torch.Tensor, torch.Tensor]]
 
     def load(self, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T) of a micro-batch, on the device.
@@ -102,12 +102,9 @@ class TrainingBatches:
         self.upcoming = self.pool.submit(self.load, step, part)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of a step, in order."""
-        if self.upcoming is None:
-            self.read_ahead(step)
+        """The micro-batches of a step, in order; `read_ahead` has started to read the first one."""
         last = len(self.parts) - 1
         for i, (start, stop) in enumerate(self.parts):
-            assert self.upcoming is not None
             x, y = self.upcoming.result()
             if i < last:
                 self.read_ahead(step, i + 1)

@@ -1,6 +1,6 @@
 """Logging of a training run: console, files in out_dir, wandb and TensorBoard.
 
-Every message of the training is formatted here.
+The messages of the training loop are formatted here.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ OVERFITTING_EVALS = 3  # evaluations without improvement after which overfitting
 class Logger:
     """The console and the files of a run, written by the first process; the others log nothing.
 
-    Without `open` only the console is written. run.json is a list with a dictionary for each time
+    With eval_only, only the console is written. run.json is a list with a dictionary for each time
     that the run was started or resumed: machine, data, memory, and how it ended.
     """
 
@@ -52,6 +52,7 @@ class Logger:
         self.is_open = False
         self.seconds = {'evaluation': 0.0, 'saving': 0.0, 'samples': 0.0}
         self.began = time.perf_counter()
+        self.train_seconds = 0.0
         self.first_step_at = 0.0  # when the first step was complete (time.time)
         self.last_log = self.began  # the last evaluation or log line
         self.train_loss = math.nan
@@ -82,7 +83,7 @@ class Logger:
             if not resumes:
                 moved = archive_run(out_dir)
             path = os.path.join(out_dir, 'metrics.csv')
-            start_metrics(path, step if resumes else 0)
+            start_metrics(path, step if resumes else -1)
             self.metrics = open(path, 'a', encoding='utf-8', newline='')
             mode = 'a' if resumes else 'w'
             self.text = open(os.path.join(out_dir, 'train.log'), mode, encoding='utf-8')
@@ -135,7 +136,7 @@ class Logger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         if self.is_open:
-            # ValueError: the file is closed, while the last checkpoint is still being written
+            # ValueError: another thread has just closed the file
             with contextlib.suppress(OSError, ValueError):
                 self.text.write(text + '\n')
                 self.text.flush()
@@ -190,7 +191,8 @@ class Logger:
                 with contextlib.suppress(OSError):
                     file.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(OSError):
+                self.wandb.finish()
 
     # ---------------------------------------------------------------------------------------------
     # The beginning of a run
@@ -325,7 +327,7 @@ class Logger:
             return None
         return loss / self.bytes_per_token / math.log(2)
 
-    def loss(self, loss: float) -> str:
+    def format_loss(self, loss: float) -> str:
         """A validation loss, in both units."""
         bits = self.bits_per_byte(loss)
         return f'{loss:.4f}' if bits is None else f'{loss:.4f}, {bits:.3f} bits per byte'
@@ -340,7 +342,7 @@ class Logger:
             val_bpb=self.bits_per_byte(val_loss),
         )
         remark = 'the best so far' if improved else f'best {state.best_val_loss:.4f}'
-        self.say(f'step {state.step:,}: validation loss {self.loss(val_loss)} ({remark})')
+        self.say(f'step {state.step:,}: validation loss {self.format_loss(val_loss)} ({remark})')
         overfits = state.bad_evals >= OVERFITTING_EVALS and self.train_loss < state.best_val_loss
         if overfits and not self.pointed_out_overfitting:
             self.say(
@@ -358,7 +360,9 @@ class Logger:
         self.say(f'--- sample of {count}\n{text}\n---{remark}')
 
     def step_done(self) -> None:
-        """Count a step."""
+        """Count a step; `train_seconds` is the time in training steps alone."""
+        others = sum(self.seconds.values())
+        self.train_seconds = time.perf_counter() - self.began - others
         if not self.first_step_at:
             self.first_step_at = time.time()
         self.bar.update(1)
@@ -366,10 +370,6 @@ class Logger:
     def restart_clock(self) -> None:
         """Leave the time until now out of the next line's tokens per second."""
         self.last_log = time.perf_counter()
-
-    def train_seconds(self) -> float:
-        """Seconds since `begin` in training steps alone."""
-        return time.perf_counter() - self.began - sum(self.seconds.values())
 
     def training(
         self, state: Any, losses: torch.Tensor, lr: float, grad_norm: Any, schedule: Any
@@ -409,7 +409,7 @@ class Logger:
         """Put time and memory into run.json, and other facts with them."""
         if self.is_open:
             memory = memory_by_part(model, optimizers.by_name.values(), self.device)
-            seconds = {'training': self.train_seconds(), **self.seconds}
+            seconds = {'training': self.train_seconds, **self.seconds}
             self.note(step=step, seconds=seconds, memory=memory, **facts)
 
     # ---------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ class Logger:
 def start_metrics(path: str, step: int) -> None:
     """Write metrics.csv with the rows up to `step` that it holds, complete ones only."""
     kept = []
-    if step and os.path.exists(path):
+    if os.path.exists(path):
         with open(path, encoding='utf-8', newline='') as f:
             for row in csv.DictReader(f):
                 number = row['step'] or ''
@@ -525,14 +525,15 @@ def archive_run(out_dir: str) -> str:
     return archive
 
 
-def out_of_memory(error: RuntimeError, config: Any) -> UserError | None:
+def out_of_memory(error: BaseException, config: Any) -> UserError | None:
     """What to do about an error of memory; None if it is another error.
 
     The CPU's allocator raises a RuntimeError, which only its text tells from others.
     """
     text = str(error)
     phrases = ('not enough memory', 'allocate memory')
-    if not isinstance(error, torch.OutOfMemoryError) and not any(p in text for p in phrases):
+    of_memory = isinstance(error, torch.OutOfMemoryError) or any(p in text for p in phrases)
+    if not isinstance(error, RuntimeError) or not of_memory:
         return None
     wanted = re.search(r'ried to allocate ([\d.]+ [KMG]?i?B|\d+ bytes)', text)
     line = f'out of memory ({wanted[1]} more wanted): ' if wanted else 'out of memory: '

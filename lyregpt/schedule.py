@@ -6,7 +6,7 @@ from typing import Any
 from lyregpt.distributed import Distributed
 from lyregpt.signals import SignalHandler
 
-EVALUATION_SHARE = 0.1  # of a time budget: the most that evaluations take
+EVALUATION_SHARE = 0.1  # evaluations take at most a tenth of a time budget
 
 
 class Schedule:
@@ -14,8 +14,7 @@ class Schedule:
 
     With `max_minutes`, `progress` is the part of the budget that is used (0 to 1), else None, and
     `evaluation_seconds` of the budget are kept for the last evaluation. The processes of a run
-    agree on signals and times in `update`; `stop_signal`, `save_requested`, `progress` and
-    `finished` change nowhere else.
+    agree on signals and times in `update`.
     """
 
     def __init__(
@@ -81,9 +80,7 @@ class Schedule:
         """Whether to save a checkpoint beside those of evaluations."""
         interval = self.config.checkpoint_interval
         regular = interval > 0 and state.step % interval == 0
-        requested = self.save_requested
-        self.save_requested = False
-        return state.step > 0 and not self.stop_signal and (requested or regular)
+        return state.step > 0 and not self.stop_signal and (self.save_requested or regular)
 
     def log_due(self, state: Any) -> bool:
         """Whether to read the losses of the last steps: each reading makes a GPU wait."""
@@ -97,6 +94,7 @@ class Schedule:
         On a GPU they do so only when a log line is due, because each exchange makes it wait.
         """
         distributed = self.distributed
+        self.save_requested = False
         cheap = distributed.size == 1 or distributed.device.type == 'cpu'
         if cheap or self.log_due(state):
             seconds = state.elapsed()

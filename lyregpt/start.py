@@ -177,12 +177,13 @@ def prepared_folder(start: Start) -> str:
     config = start.config
     folder = folder_of(config.dataset)
     script, *options = shlex.split(config.prepare) or [os.path.join(folder, 'prepare.py')]
-    if not os.path.exists(script):
-        script = os.path.join(ROOT, script)
     if not has_training_split(folder):
+        in_repository = os.path.join(ROOT, script)
+        if not os.path.isfile(script) and os.path.isfile(in_repository):
+            script = in_repository
         if not os.path.isfile(script):
             raise UserError(
-                f'dataset={config.dataset}: neither {folder}/train.bin nor its prepare.py exists; '
+                f'dataset={config.dataset}: neither {folder}/train.bin nor {script} exists; '
                 'data/text/prepare.py makes a dataset of your own files'
             )
         if start.resumes and not {'dataset', 'prepare'} & given(config):
@@ -249,7 +250,7 @@ def build_model(start: Start) -> GPT:
     """
     config, state = start.config, start.state
     vocab_size = start.tokenizer.vocab_size
-    device = torch.device('meta') if start.fsdp else contextlib.nullcontext()
+    placement = torch.device('meta') if start.fsdp else contextlib.nullcontext()
     torch.manual_seed(config.seed)
     try:
         if state and start.fsdp:
@@ -259,13 +260,13 @@ def build_model(start: Start) -> GPT:
         elif config.init_from == 'scratch':
             if vocab_size >= 1024:  # GPUs multiply faster; the spare ids are never sampled
                 vocab_size = 64 * ceil_div(vocab_size, 64)
-            with device:
+            with placement:
                 model = GPT(config.model_config(vocab_size))
         else:
             model = from_pretrained(config.init_from, dropout=config.dropout)
             if start.fsdp:
                 state['model'] = model.state_dict()
-                with device:
+                with placement:
                     model = GPT(model.config)
         crop(model, start)
         adopt_shape(start, model)
@@ -298,7 +299,9 @@ def adopt_shape(start: Start, model: GPT) -> None:
     free = {'dropout'}
     if not start.resumes:  # a config for longer texts takes the context that the weights have
         free.add('block_size')
-    for name in given(config) & shape.keys() - free:
+    for name in shape:
+        if name not in given(config) or name in free:
+            continue
         if getattr(config, name) not in (shape[name], None):
             raise UserError(
                 f'{name}={getattr(config, name)}, but {start.source or config.init_from} has '

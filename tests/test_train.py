@@ -496,6 +496,27 @@ def test_a_full_disk_does_not_end_the_training(chars, tmp_path):
         subprocess.run(['umount', str(disk)])
 
 
+def test_options_that_are_not_numbers_are_refused():
+    for name in ('learning_rate', 'max_minutes', 'beta1', 'warmdown', 'grad_clip', 'min_lr'):
+        with pytest.raises(ValueError, match=f'{name}=nan: expected'):
+            TrainConfig(**{name: math.nan})
+    for name in ('max_iters', 'learning_rate'):
+        with pytest.raises(TypeError):
+            TrainConfig(**{name: None})
+
+
+def test_a_run_inside_an_exception_handler_ends_as_any_other(chars, tmp_path):
+    """As after a failed resume: what is handled outside is no error of this run."""
+    try:
+        raise KeyError
+    except KeyError:
+        end = train(tiny(chars, tmp_path))
+    assert json.loads((tmp_path / 'run.json').read_text())[-1]['end'] == 'done'
+    assert (tmp_path / 'train.log').read_text().splitlines()[-1].startswith('done: ')
+    seconds = json.loads((tmp_path / 'run.json').read_text())[-1]['seconds']
+    assert end['train_seconds'] == seconds['training'] > 0
+
+
 def test_learning_rate_schedule():
     config = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=100, min_lr=0.1)
     rates = [learning_rate(config, s) for s in range(101)]
