@@ -173,8 +173,14 @@ def find_file(path: str) -> str:
     for place in (path, os.path.join(ROOT, path)):
         if os.path.isfile(place):
             return place
-    siblings = os.path.join(os.path.dirname(path), '*')
-    near = did_you_mean(path, glob.glob(siblings) + glob.glob(siblings, root_dir=ROOT))
+    near = ''
+    if os.path.isdir(path):
+        near = f'; did you mean --out_dir={path}?'
+    elif os.path.dirname(path):  # not the scripts beside this one
+        siblings = os.path.join(os.path.dirname(path), '*')
+        found = glob.glob(siblings) + glob.glob(siblings, root_dir=ROOT)
+        similar = difflib.get_close_matches(path, found, 1, cutoff=0.8)
+        near = ''.join(f'; did you mean {name}?' for name in similar)
     raise UserError(
         f'{path}: no such config file (options begin with --, as in --batch_size=32){near}'
     )

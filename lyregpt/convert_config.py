@@ -127,15 +127,20 @@ def convert_file(old: str, new: str, options: type) -> dict[str, Any]:
     values = read_old(old, options)
     if not values:
         raise UserError(f'{old}: nothing in it is an option of train.py (see train.py --help)')
-    build(options, values)  # checks them together
+    try:
+        build(options, values)  # checks them together
+    except UserError as error:
+        raise UserError(f'{old}: {error}') from None
 
     text = f'# {os.path.basename(old)}, converted\n'
     if new.endswith('.json'):
         text = json.dumps(values, indent=2, ensure_ascii=False) + '\n'
     elif new.endswith('.py'):
         text += ''.join(f'{name} = {value!r}\n' for name, value in values.items())
-    else:  # JSON values are YAML, too
-        text += ''.join(f'{name}: {json.dumps(value)}\n' for name, value in values.items())
+    else:
+        import yaml
+
+        text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     atomic_write(new, text.encode())
     return values
 

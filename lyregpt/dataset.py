@@ -52,7 +52,7 @@ def write_dataset(
     moved at the end, the meta last. Raises UserError if a needed split stays empty or the disk is
     full; the old files are then unchanged.
     """
-    unfinished = os.path.join(folder, 'unfinished')
+    unfinished = os.path.join(folder, 'prepare.tmp')
     shutil.rmtree(unfinished, ignore_errors=True)  # of a preparation that was killed
     try:
         os.makedirs(unfinished)
@@ -237,6 +237,8 @@ class Split:
         # Evaluation reads the last, shorter sequence of each shard too.
         self.eval_first = np.append(0, np.cumsum((lengths - 2) // block_size + 1))
         usable = self.n_sequences if name == 'train' else self.eval_first[-1]
+        if self.n_tokens < 2:
+            raise UserError(f'{path}: a single token has nothing to predict: prepare more text')
         if not usable:
             raise UserError(
                 f'{path}: {self.n_tokens} tokens are fewer than one sequence of block_size + 1 = '

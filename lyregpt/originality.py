@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 import time
 import unicodedata
 from array import array
@@ -91,12 +90,18 @@ class Originality:
             return 'originality: the text has no words'
         if not self.longest:
             return 'originality: none of its words is in the training split'
-        quote = textwrap.shorten(self.text, 60, placeholder='...')
+        quote = shorten(self.text, 60)
         words = 'word' if self.longest == 1 else 'words'
         found = f'originality: {self.longest} {words} in a row from "{self.song}" ("{quote}")'
         if self.share is None:
             return found
         return f'{found}; {self.share:.0%} of its {self.n}-word runs are in the training split'
+
+
+def shorten(text: str, width: int) -> str:
+    """The text on one line of at most `width` characters; it need not have blanks (Japanese)."""
+    line = ' '.join(text.split())
+    return line if len(line) <= width else line[: width - 3] + '...'
 
 
 def find_words(text: str) -> Iterator[re.Match[str]]:
@@ -640,7 +645,7 @@ def main() -> None:
         result = index.compare(text, config.n)
         print(result)
         for found in result.runs:
-            quote = textwrap.shorten(text[found['start'] : found['end']], 400, placeholder='...')
+            quote = shorten(text[found['start'] : found['end']], 400)
             print(f'  {found["words"]} words from "{found["song"]}": {quote}')
     else:
         print(

@@ -194,6 +194,12 @@ def song_header(
 # Training and validation
 
 
+def check_fraction(name: str, fraction: float) -> None:
+    """Raises ValueError unless 0 < fraction < 1."""
+    if not 0 < fraction < 1:
+        raise ValueError(f'{name}={fraction}: expected a fraction between 0 and 1, as in 0.1')
+
+
 def pick_split(key: str, val_fraction: float, seed: int = 1337) -> str:
     """'train' or 'val', by a hash of the document's text.
 

@@ -121,7 +121,7 @@ def test_this_machine(tmp_path, prepare):
         (['--input=nowhere'], 'nowhere: no such file or folder'),
         (['--input=LIB', '--max_bytes=3'], 'no Python source of use below max_bytes=3'),
         (['--max_bytes=0'], 'max_bytes=0: expected at least 1'),
-        (['--input=LIB', '--val_fraction=1'], 'the train split came out empty'),
+        (['--input=LIB', '--val_fraction=1'], 'expected a fraction between 0 and 1'),
         (['--input=LIB/pkg03/data.txt'], 'no Python source'),
     ],
 )

@@ -203,7 +203,7 @@ def test_encodings_are_detected(tmp_path, encoding):
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
     with pytest.raises(UserError, match='--encoding=cp1252'):
         list(read_pieces(str(tmp_path / 'a.txt'), 'utf-8'))
-    with pytest.raises(UserError, match='no such encoding'):
+    with pytest.raises(UserError, match='unknown encoding'):
         list(read_pieces(str(tmp_path / 'a.txt'), 'klingon'))
 
 
@@ -288,7 +288,11 @@ def test_own_text(tmp_path):
     'name, words, message',
     [
         ('text', ['--input=nowhere'], 'nowhere: no such file or folder'),
-        ('text', ['--val_fraction=2', f'--input={DEMO}', '--tokenizer=char'], 'came out empty'),
+        (
+            'text',
+            ['--val_fraction=2', f'--input={DEMO}', '--tokenizer=char'],
+            'val_fraction=2.0: expected a fraction',
+        ),
         ('text', ['--input=EMPTY'], 'came out empty'),
         ('darklyrics', ['--input=nowhere.jsonl'], 'nowhere.jsonl: No such file'),
         ('darklyrics', ['--input=BAD'], 'line 1: not JSON'),
@@ -439,3 +443,21 @@ def test_trained_bpe_is_used_again(tmp_path, demo_text):
         and read_meta(str(tmp_path / 'd'))['tokenizer']
         == BPETokenizer.train([demo_text], 300).state()
     )
+
+
+def test_preparing_leaves_folders_of_the_user_alone(tmp_path):
+    drafts = tmp_path / 'unfinished'
+    drafts.mkdir()
+    (drafts / 'draft.txt').write_text('the rain in spain ' * 30)
+    words = ('data/text/prepare.py', f'--input={tmp_path}', f'--out_dir={tmp_path}')
+    done = script(*words, '--tokenizer=char')
+    assert done.returncode == 0 and (drafts / 'draft.txt').exists(), done.stderr
+    assert (tmp_path / 'train.bin').exists() and not (tmp_path / 'prepare.tmp').exists()
+
+
+@pytest.mark.parametrize('fraction', ['10', '0', '1', 'nan', '-0.1'])
+def test_a_fraction_is_checked_before_the_work(tmp_path, fraction):
+    words = ('data/text/prepare.py', f'--input={tmp_path}', f'--out_dir={tmp_path / "out"}')
+    done = script(*words, f'--val_fraction={fraction}')
+    assert done.returncode == 2 and 'expected a fraction between 0 and 1' in done.stderr
+    assert not (tmp_path / 'out').exists()

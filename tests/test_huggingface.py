@@ -161,7 +161,7 @@ def test_a_network_that_breaks(tmp_path, prepare, hub, monkeypatch, capsys):
     ) == sorted(pages())
     (tmp_path / 'cache').rename(tmp_path / 'whole')
     hub.trouble[:] = [ConnectionError('for\ngood'), ConnectionError('gone')]
-    with pytest.raises(UserError, match='for good.*; what has come is kept'):
+    with pytest.raises(UserError, match='for good.*; the documents fetched so far are kept'):
         prepare(*words)
     (cached,) = (tmp_path / 'cache').glob('*.jsonl')
     with open(cached, 'a') as f:
@@ -207,8 +207,8 @@ def test_the_hubs_refusals(tmp_path, prepare, hub, monkeypatch, error, message):
         (['--name='], 'roneneldan/TinyStories'),
         (['--name=no/such/folder'], 'no/such/folder: expected a folder'),
         (['--name=SONGS', '--num_samples=0'], 'num_samples=0: expected at least 1'),
-        (['--name=SONGS', '--validation_split=1.5'], 'came out empty'),
-        (['--name=SONGS', '--validation_split=train'], 'is what is trained on'),
+        (['--name=SONGS', '--validation_split=1.5'], 'expected a fraction between 0 and 1'),
+        (['--name=SONGS', '--validation_split=train'], 'is the training split'),
         (['--name=SONGS', '--validation_split=test'], "no split 'test', but train, validation"),
         (['--name=SONGS', '--split=tset'], "no split 'tset', but train, validation"),
         (['--name=SONGS', '--config=other'], 'other'),

@@ -17,7 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run
 from lyregpt.dataset import write_dataset
-from lyregpt.text import Piece, find_files, shown
+from lyregpt.text import Piece, check_fraction, find_files, shown
 from lyregpt.tokenizer import choose_tokenizer
 
 # folders with copies of other packages
@@ -45,6 +45,7 @@ class PrepareConfig:
     offline: bool = False  # download nothing (this script never does, except for GPT-2's tokens)
 
     def __post_init__(self) -> None:
+        check_fraction('val_fraction', self.val_fraction)
         if self.max_bytes < 1:
             raise ValueError(f'max_bytes={self.max_bytes}: expected at least 1')
 

@@ -14,15 +14,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run
 from lyregpt.dataset import write_dataset
-from lyregpt.text import Piece, pick_split, read_jsonl, shown, song_header
+from lyregpt.text import Piece, check_fraction, pick_split, read_jsonl, shown, song_header
 from lyregpt.tokenizer import choose_tokenizer
 
 
 @dataclass
 class PrepareConfig:
-    input: str = (
-        ''  # JSON Lines, one song per line; '': lyrics.jsonl in this folder, else demo.jsonl
-    )
+    input: str = ''  # JSON Lines, a song per line; '': lyrics.jsonl here, else demo.jsonl
     out_dir: str = shown(HERE)  # where the token files go
     tokenizer: str = 'bpe'  # bpe, wordpiece, char or gpt2, or a tokenizer.json or meta.json
     vocab_size: int = 4096  # for bpe and wordpiece: enough that most common words are one token
@@ -32,6 +30,9 @@ class PrepareConfig:
     artists: list[str] | None = None  # only these, as in --artists="Quillmoth,Ninth Lantern Tax"
     seed: int = 1337  # of the split
     offline: bool = False  # download nothing (this script never does)
+
+    def __post_init__(self) -> None:
+        check_fraction('val_fraction', self.val_fraction)
 
 
 def main() -> None:

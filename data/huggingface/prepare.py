@@ -30,6 +30,7 @@ from lyregpt.text import (
     WAITS,
     Piece,
     atomic_write,
+    check_fraction,
     datasets_library,
     pick_split,
     read_stream,
@@ -41,7 +42,7 @@ from lyregpt.tokenizer import choose_tokenizer
 # change it.
 LEARN_FROM = 100_000_000
 Sources = dict[str, Callable[[], Iterator[str]]]  # train, val: reads the documents
-KEPT = 'what has come is kept, and the same command continues after it'
+KEPT = 'the documents fetched so far are kept; run the same command to continue'
 
 
 @dataclass
@@ -73,9 +74,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f'num_samples={self.num_samples}: expected at least 1, or None')
+        if isinstance(self.validation_split, float):
+            check_fraction('validation_split', self.validation_split)
         if self.validation_split == self.split:
             raise ValueError(
-                f'validation_split={self.split} is what is trained on: expected another split, '
+                f'validation_split={self.split} is the training split: choose another, '
                 'or a fraction as in 0.05'
             )
 
@@ -231,7 +234,7 @@ def documents(
         config.name,
         start['place'],
         WAITS if notes else (),
-        kept=KEPT,
+        kept=KEPT if notes else '',
     ):
         (text,) = row.values()
         if text and text.strip():

@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.join(HERE, '..', '..'))
 from configurator import UserError, configure, run
 from lyregpt.dataset import write_dataset
 from lyregpt.text import (
+    check_fraction,
     datasets_library,
     find_files,
     pick_split,
@@ -37,6 +38,9 @@ class PrepareConfig:
     max_documents: int = 0  # stop after this many pages; 0: all
     seed: int = 1337  # of the split
     offline: bool = False  # download nothing
+
+    def __post_init__(self) -> None:
+        check_fraction('val_fraction', self.val_fraction)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from configurator import configure, run
 from lyregpt.dataset import write_dataset
 from lyregpt.text import (
     Piece,
+    check_fraction,
     find_files,
     pick_split,
     read_documents,
@@ -43,6 +44,9 @@ class PrepareConfig:
     # if there are fewer than 20
     seed: int = 1337  # of the split
     offline: bool = False  # download nothing (this script never does, except for GPT-2's tokens)
+
+    def __post_init__(self) -> None:
+        check_fraction('val_fraction', self.val_fraction)
 
 
 def main() -> None:
