@@ -13,11 +13,10 @@ import time
 import pytest
 import torch
 from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
+from torch.nn.utils.rnn import pad_sequence
 from train_seq2seq import (
     AnswerConfig,
     main,
-    padded,
-    pairs_of_step,
     read_pairs,
     train,
     verses,
@@ -178,7 +177,7 @@ def test_the_answer_sees_its_past_and_all_of_the_source():
 
 @pytest.mark.parametrize(
     'more',
-    [{}, dict(norm_first=True, n_kv_head=2, mlp='swiglu', norm='rmsnorm', qk_norm=True)],
+    [{}, dict(norm_first=True, mlp='swiglu', norm='rmsnorm')],
     ids=str,
 )
 def test_rows_of_a_batch_equal_those_alone(more):
@@ -208,26 +207,13 @@ def test_rows_of_a_batch_equal_those_alone(more):
             assert [a.log_p for a in answers] == pytest.approx([a.log_p for a in alone], abs=1e-4)
 
 
-def test_cross_attention_normalizes_queries_and_keys():
-    model, source, idx = small(qk_norm=True), rows(9, 4), rows(5, 5, seed=2)
-    before = model(source, idx)
-    with torch.no_grad():
-        for block in model.decoder:
-            block.cross.c_q.weight *= 7
-            block.cross.c_q.bias *= 7
-    torch.testing.assert_close(model(source, idx), before)
-    with torch.no_grad():
-        model.decoder[0].cross.k_norm.weight *= 7
-    assert (model(source, idx) - before).abs().max() > 1e-3
-
-
 def log_p_of(model, source, ids, eot=0):
     """The uncached model's word on an answer to one source."""
     step = model(source, torch.tensor([[eot, *ids[:-1]]])).log_softmax(-1)
     return step[0, range(len(ids)), ids].sum().item()
 
 
-@pytest.mark.parametrize('more', [{}, dict(norm_first=True, n_kv_head=2)], ids=str)
+@pytest.mark.parametrize('more', [{}, dict(norm_first=True)], ids=str)
 def test_cached_equals_uncached(more):
     model = small(**more)
     source = rows(9, 4, 7, 1)
@@ -303,7 +289,7 @@ def test_a_beam_of_one_is_greedy_and_wider_ones_find_better(reversing):
         {len(a.ids) for a in greedy}
     ) > 3
     assert [a.log_p for a in greedy] == pytest.approx([a.log_p for (a,) in beam], abs=1e-4)
-    wide = [answers[0] for answers in half.beam(source, 0, 8, width=6, length_penalty=0.0)]
+    wide = [answers[0] for answers in half.beam(source, 0, 8, width=6, penalty=0.0)]
     gains = [b.log_p - g.log_p for b, g in zip(wide, greedy)]
     assert sum(gains) > 1 and max(gains) > 0.1 and sum(gain > -1e-4 for gain in gains) >= 98, (
         'a beam may lose the greedy way, but seldom does'
@@ -318,7 +304,7 @@ def test_a_beam_wide_enough_is_exhaustive_search(length_penalty):
         [*ids, 0] for n in range(4) for ids in itertools.product((1, 2, 3), repeat=n)
     ]  # in at most four tokens
     possible += [list(ids) for ids in itertools.product((1, 2, 3), repeat=4)]
-    targets = padded(possible)
+    targets = pad_sequence(list(map(torch.tensor, possible)), True, -1)
     log_p = model(
         source.expand(121, -1), torch.nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0))
     ).log_softmax(-1)
@@ -331,7 +317,7 @@ def test_a_beam_wide_enough_is_exhaustive_search(length_penalty):
         'these are all the answers there are'
     )
     best = sorted(map(Answer, possible, sums), key=lambda a: a.score(length_penalty), reverse=True)
-    (wide,) = model.beam(source, 0, 4, width=121, length_penalty=length_penalty)
+    (wide,) = model.beam(source, 0, 4, width=121, penalty=length_penalty)
     assert [a.ids for a in wide[:20]] == [a.ids for a in best[:20]] and len(wide) == 121
     assert [a.log_p for a in wide] == pytest.approx([a.log_p for a in best], abs=1e-4)
 
@@ -368,7 +354,7 @@ def same(a, b):
     assert all(torch.equal(weight, two['model'][name]) for name, weight in one['model'].items())
     for i, state in states[0].items():
         assert all(torch.equal(state[key], states[1][i][key]) for key in state)
-    for key in ('iter_num', 'losses', 'best_val_loss'):
+    for key in ('iter_num', 'best_val_loss'):
         assert one[key] == two[key]
 
 
@@ -398,12 +384,6 @@ def test_verses_and_pairs(tmp_path):
     assert not {a[2:] for a, _ in pairs['train']} & {a[2:] for a, _ in pairs['val']}
 
 
-def test_every_epoch_has_each_pair_once():
-    twice = [i for step in range(6) for i in pairs_of_step(step, 5, 15, 7)]
-    assert sorted(twice[:15]) == sorted(twice[15:]) == list(range(15)) and twice[:15] != twice[15:]
-    assert pairs_of_step(4, 5, 15, 7) == twice[20:25]
-
-
 def test_trains_answers_and_starts_anew(songs, tmp_path, capsys):
     out = tmp_path / 'out'
     end = run_in(songs, out, '--max_iters=60', '--learning_rate=1e-2')
@@ -421,10 +401,8 @@ def test_trains_answers_and_starts_anew(songs, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    names = [line.split('  log p -')[0] for line in lines]
-    assert names == ['greedy', 'beam 1', 'beam 2', 'beam 3']
-    scores = [float(line.split('score ')[1].split()[0]) for line in lines[1:]]
-    assert scores == sorted(scores, reverse=True)
+    scores = [float(line.split('score ')[1].split(',')[0]) for line in lines]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
     run_in(songs, out)
     assert (out / 'earlier' / 'best.pt').exists()
     assert checkpoint.load(str(out / 'ckpt.pt'))['iter_num'] == 20
@@ -490,8 +468,8 @@ def test_gpt_tools_say_whose_checkpoint_it_is(songs, tmp_path, monkeypatch):
     ):
         with pytest.raises(
             UserError,
-            match='is an encoder–decoder by examples/seq2seq/train_seq2seq.py, not a GPT; ask it '
-            'with: python examples/seq2seq/train_seq2seq.py --out_dir=.*pt --line',
+            match='is an encoder–decoder written by examples/seq2seq/train_seq2seq.py, not a GPT; '
+            'run it with: python examples/seq2seq/train_seq2seq.py --out_dir=.*pt --line',
         ):
             use()
     monkeypatch.setattr(
@@ -513,7 +491,7 @@ def test_mistakes_are_one_line(songs, tmp_path, trained, monkeypatch):
     alone.write_text('one line\n\nand one more', encoding='utf-8')
     for more, said in (
         (['--n_head=3'], 'n_head=3 does not divide n_embd=16'),
-        (['--batch_size=0'], 'batch_size.*: expected at least 1'),
+        (['--batch_size=0'], 'batch_size.*: at least 1'),
         ([f'--input={tmp_path / "none"}'], 'none: no such file or folder'),
         ([f'--input={alone}'], 'alone.txt: too few lines'),
         (['--block_size=2'], 'block_size=2: all pairs have a line with more tokens'),

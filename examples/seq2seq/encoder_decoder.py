@@ -1,9 +1,5 @@
 """The original Transformer (Vaswani et al. 2017): an encoder reads a source, a decoder answers it.
 
-    model = EncoderDecoder(EncoderDecoderConfig(vocab_size=100, n_layer=2, n_embd=64, n_head=4))
-    loss = model(source, idx, targets)                          # mean, in nats per token
-    best = model.eval().beam(source, eot=0, max_new_tokens=20)  # the likeliest answers, per row
-
 Attention, MLP, norms and KV cache are model.py's. Cross-attention and beam search are new here.
 train_seq2seq.py trains a model on lines of verse. Shapes: B rows, S tokens of a source, T of an
 answer, C = n_embd, D = head_dim, V the vocabulary. Rows that are shorter are padded with -1.
@@ -14,19 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from model import (
-    MLP,
-    CausalSelfAttention,
-    GPTConfig,
-    KVCache,
-    Linear,
-    RMSNorm,
-    make_norm,
-    sinusoids,
-)
+from model import MLP, CausalSelfAttention, GPTConfig, KVCache, Linear, make_norm, sinusoids
 
 
 @dataclass
@@ -42,9 +29,7 @@ class EncoderDecoderConfig(GPTConfig):
     bias: bool = True
     position: str = 'sinusoidal'
     mlp: str = 'relu'
-    # False: norm(x + layer(x)), as in the paper; True: x + layer(norm(x)), as in the GPT
-    # (Xiong et al. 2020)
-    norm_first: bool = False
+    norm_first: bool = False  # x + layer(norm(x)) as in the GPT, not norm(x + layer(x))
 
 
 class CrossAttention(nn.Module):
@@ -52,41 +37,27 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
-        self.dropout, self.head_dim = config.dropout, config.head_dim
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        width = self.n_head * self.head_dim
-        self.c_q = Linear(config.n_embd, width, bias=config.bias)
-        self.c_kv = Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=config.bias)
-        self.c_proj = Linear(width, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.head_dim) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.dropout, self.n_head, C = config.dropout, config.n_head, config.n_embd
+        self.c_q = Linear(C, C, bias=config.bias)
+        self.c_kv = Linear(C, 2 * C, bias=config.bias)
+        self.c_proj = Linear(C, C, bias=config.bias)
 
-    def keys_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, n_kv_head, S, D) of the encoder's output (B, S, C)."""
-        kv = self.c_kv(source).view(*source.shape[:2], 2 * self.n_kv_head, self.head_dim)
-        k, v = kv.transpose(1, 2).chunk(2, dim=1)
-        return self.k_norm(k), v
+    def keys_values(self, source: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (B, n_head, S, D) of the encoder's output (B, S, C)."""
+        kv = self.c_kv(source).unflatten(2, (2 * self.n_head, -1)).transpose(1, 2)
+        return kv.chunk(2, dim=1)
 
-    def forward(
-        self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, C) and the source's keys and values → (B, T, C)."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.c_q(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
+        q = self.c_q(x).unflatten(2, (self.n_head, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head
-        )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
 
-class Memory(NamedTuple):
-    """What the decoder needs of the sources, computed once."""
-
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # per layer, (B, n_kv_head, S, D)
-    mask: torch.Tensor  # (B, 1, 1, S): True where there is a token
+# What the decoder needs of the sources: keys and values per layer (B, n_head, S, D), and a mask
+Memory = tuple[list[tuple[Tensor, ...]], Tensor]  # (B, 1, 1, S), True where there is a token
 
 
 class Block(nn.Module):
@@ -100,24 +71,20 @@ class Block(nn.Module):
             self.ln_cross, self.cross = make_norm(config, config.n_embd), CrossAttention(config)
         self.ln_2, self.mlp = make_norm(config, config.n_embd), MLP(config)
 
-    def residual(self, x: torch.Tensor, norm: Any, layer: Any, *args: Any) -> torch.Tensor:
+    def residual(self, x: Tensor, norm: Any, layer: Any, *args: Any) -> Tensor:
         """A layer with its residual connection and its norm."""
         if self.norm_first:
             return x + layer(norm(x), *args)
         return norm(x + layer(x, *args))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        memory: Memory | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, mask: Any, memory: Memory | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """x (B, T, C) → (B, T, C). An encoder's `mask` hides padding; a decoder is causal."""
         x = self.residual(x, self.ln_1, self.attn, None, mask, cache)
         if memory is not None:
-            k, v = memory.keys_values[self.layer]
-            x = self.residual(x, self.ln_cross, self.cross, k, v, memory.mask)
+            (k, v), mask = memory[0][self.layer], memory[1]
+            x = self.residual(x, self.ln_cross, self.cross, k, v, mask)
         return self.residual(x, self.ln_2, self.mlp)
 
 
@@ -128,10 +95,7 @@ class Answer(NamedTuple):
     log_p: float
 
     def score(self, length_penalty: float) -> float:
-        """log_p / ((5 + length) / 6)^penalty (Wu et al. 2016, equation 14).
-
-        Every token lowers log_p, so without a penalty short answers win.
-        """
+        """log_p / ((5 + length) / 6)^penalty: without it, short answers win (Wu et al. 2016)."""
         return self.log_p / ((5 + len(self.ids)) / 6) ** length_penalty
 
 
@@ -142,16 +106,15 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.encoder = nn.ModuleList(Block(config, i, decoder=False) for i in range(config.n_layer))
-        self.decoder: Any = nn.ModuleList(
-            Block(config, i, decoder=True) for i in range(config.n_layer)
-        )
+        layers = range(config.n_layer)
+        self.encoder = nn.ModuleList(Block(config, i, decoder=False) for i in layers)
+        self.decoder: Any = nn.ModuleList(Block(config, i, decoder=True) for i in layers)
         self.ln_encoder: nn.Module = nn.Identity()
         self.ln_decoder: nn.Module = nn.Identity()
         if config.norm_first:  # the blocks' sum is not normalized yet
             self.ln_encoder = make_norm(config, config.n_embd)
             self.ln_decoder = make_norm(config, config.n_embd)
-        self.positions: torch.Tensor
+        self.positions: Tensor
         positions = sinusoids(config.block_size, config.n_embd)
         self.register_buffer('positions', positions, persistent=False)
         for name, p in self.named_parameters():
@@ -162,28 +125,22 @@ class EncoderDecoder(nn.Module):
         # times √C, the embeddings are as large as the positions
         nn.init.normal_(self.wte.weight, std=config.n_embd**-0.5)
 
-    def embed(self, idx: torch.Tensor, past: int = 0) -> torch.Tensor:
-        """Token ids (B, T), the first at position `past`, → (B, T, C). Raises ValueError."""
-        end = past + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(
-                f'{end} tokens are more than the context of block_size={self.config.block_size}'
-            )
-        x = self.wte(idx.clamp(min=0)) * math.sqrt(self.config.n_embd) + self.positions[past:end]
+    def embed(self, idx: Tensor, past: int = 0) -> Tensor:
+        """Token ids (B, T), the first at position `past`, → (B, T, C)."""
+        positions = self.positions[past : past + idx.size(1)]
+        x = self.wte(idx.clamp(min=0)) * math.sqrt(self.config.n_embd) + positions
         return F.dropout(x, self.config.dropout, self.training)
 
-    def read(self, source: torch.Tensor) -> Memory:
+    def read(self, source: Tensor) -> Memory:
         """Run the encoder on sources (B, S), each of at least one token, padded with -1."""
         mask = (source >= 0)[:, None, None]
         x = self.embed(source)
         for block in self.encoder:
             x = block(x, mask)
         x = self.ln_encoder(x)
-        return Memory([block.cross.keys_values(x) for block in self.decoder], mask)
+        return [block.cross.keys_values(x) for block in self.decoder], mask
 
-    def logits(
-        self, idx: torch.Tensor, memory: Memory, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def logits(self, idx: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for the tokens after idx (B, T), which follow those in the cache."""
         x = self.embed(idx, cache.length if cache else 0)
         for block in self.decoder:
@@ -193,45 +150,31 @@ class EncoderDecoder(nn.Module):
         return F.linear(self.ln_decoder(x), self.wte.weight)
 
     def forward(
-        self,
-        source: torch.Tensor,
-        idx: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        label_smoothing: float = 0.0,
-    ) -> torch.Tensor:
+        self, source: Tensor, idx: Tensor, targets: Tensor | None = None, smoothing: float = 0.0
+    ) -> Tensor:
         """Logits (B, T, V); or, given targets (B, T) padded with -1, the mean loss in nats.
 
-        idx (B, T) are the targets shifted right, after a start token. `label_smoothing` spreads
-        that part of a target's probability over the vocabulary (Szegedy et al. 2016).
+        idx (B, T) are the targets shifted right, after a start token. `smoothing` spreads that part
+        of a target's probability over the vocabulary (Szegedy et al. 2016).
         """
         logits = self.logits(idx, self.read(source))
         if targets is None:
             return logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=-1,
-            label_smoothing=label_smoothing,
-        )
+        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing)
 
-    def greedy(self, source: torch.Tensor, eot: int, max_new_tokens: int) -> list[Answer]:
+    def greedy(self, source: Tensor, eot: int, max_new_tokens: int) -> list[Answer]:
         """One answer per source (B, S): always the likeliest next token, until it is `eot`."""
         return [best for (best,) in self.beam(source, eot, max_new_tokens, width=1)]
 
     @torch.inference_mode()
     def beam(
-        self,
-        source: torch.Tensor,
-        eot: int,
-        max_new_tokens: int,
-        width: int = 4,
-        length_penalty: float = 0.6,
+        self, source: Tensor, eot: int, max_new_tokens: int, width: int = 4, penalty: float = 0.6
     ) -> list[list[Answer]]:
-        """The `width` best answers found for each source (B, S), by score. Call `eval()` before.
+        """The `width` best answers to each source (B, S), by score. Call `eval()` before.
 
-        In every step, each beam of a row is continued with every token, and the likeliest of these
-        candidates are kept. Those among the first `width` that end are answers; with `width`
-        answers, the row is done. Beams that have not ended after `max_new_tokens` count as well.
+        Each beam is continued with every token. Of the `width` likeliest of these, those that end
+        are answers. Beams that have not ended after `max_new_tokens` count as well.
         """
         B, V, device = len(source), self.config.vocab_size, source.device
         memory = self.read(source.repeat_interleave(width, 0))
@@ -246,7 +189,7 @@ class EncoderDecoder(nn.Module):
             # a beam can end in one way only, so at least half of these candidates continue
             total, index = total.flatten(1).topk(min(2 * width, width * V))
             parent, token = index // V, index % V
-            ids = torch.cat((take(ids, parent), token[..., None]), dim=2)
+            ids = torch.cat((ids.take_along_dim(parent[..., None], 1), token[..., None]), dim=2)
             ended = token == eot
             for row, i in ended[:, :width].nonzero().tolist():
                 if len(done[row]) < width and total[row, i] > -math.inf:
@@ -254,17 +197,12 @@ class EncoderDecoder(nn.Module):
             if all(len(answers) == width for answers in done):
                 break
             log_p, kept = total.masked_fill(ended, -math.inf).topk(width)
-            ids = take(ids, kept)
+            ids = ids.take_along_dim(kept[..., None], 1)
             # a beam continues with the keys and values of its parent
             rows = parent.gather(1, kept) + width * torch.arange(B, device=device)[:, None]
             cache.data = cache.data[:, :, rows.flatten()]
         for answers, beams, values in zip(done, ids[..., 1:].tolist(), log_p.tolist()):
             unfinished = [Answer(beam, p) for beam, p in zip(beams, values) if p > -math.inf]
             answers += unfinished[: width - len(answers)]
-            answers.sort(key=lambda answer: answer.score(length_penalty), reverse=True)
+            answers.sort(key=lambda answer: answer.score(penalty), reverse=True)
         return done
-
-
-def take(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The beams (B, n, T) of `ids` (B, width, T) that `index` (B, n) names."""
-    return ids.gather(1, index[..., None].expand(-1, -1, ids.size(2)))

@@ -5,8 +5,7 @@
     python examples/seq2seq/train_seq2seq.py --input=my_songs/     # .jsonl, .txt, .md
     python examples/seq2seq/train_seq2seq.py --init_from=resume    # on a CPU bit-exact
 
-As in train.py, a step depends only on the options, the seed and its number, and validation reads
-the whole split. Ctrl-C saves a checkpoint. One process, float32.
+As in train.py, a step depends only on the options, the seed and its number. Ctrl-C saves.
 """
 
 import dataclasses
@@ -23,14 +22,12 @@ sys.path.insert(0, ROOT)
 import lyregpt.threads  # noqa: F401  before torch: it decides how torch's threads wait
 
 # isort: split
-import numpy as np
 import torch
 from encoder_decoder import Answer, EncoderDecoder, EncoderDecoderConfig
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError, configure, given, run
 from lyregpt import checkpoint
-from lyregpt.dataset import permute
 from lyregpt.device import pick_device
 from lyregpt.logger import archive_run
 from lyregpt.signals import SignalHandler
@@ -40,16 +37,16 @@ from lyregpt.tokenizer import BPETokenizer, Tokenizer, from_state
 DEMO = os.path.join(ROOT, 'data', 'darklyrics', 'demo.jsonl')
 SHAPE = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'norm_first')
 FREE = {'out_dir', 'init_from', 'device', 'line', 'width', 'length_penalty', 'max_iters'}
-Pair = tuple[list[int], list[int]]  # the ids of a line and of the next one, each with its end
+Pair = tuple[list[int], list[int]]  # ids of a line and of the next one, each with its end
 
 
 @dataclasses.dataclass
 class AnswerConfig:
-    """The options; the comment behind each is its help. Raises ValueError for an invalid value."""
+    """The options; the comment behind each is its help. Raises ValueError."""
 
-    out_dir: str = 'out-answer'  # checkpoints, metrics.csv and config.json go here
+    out_dir: str = 'out-answer'  # checkpoints go here
     input: list[str] | None = None  # files and folders of songs; None: the embedded songs
-    init_from: Literal['scratch', 'resume'] = 'scratch'  # or resume the run in out_dir
+    init_from: Literal['scratch', 'resume'] = 'scratch'  # resume: the run in out_dir
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     seed: int = 1337  # of initialization, split, order and dropout
 
@@ -76,12 +73,8 @@ class AnswerConfig:
     eval_interval: int = 100  # steps between evaluations, each of which saves a checkpoint
 
     def __post_init__(self) -> None:
-        least = min(self.batch_size, self.eval_interval, self.warmup_iters, self.width)
-        if least < 1 or self.block_size < 2:
-            raise ValueError(
-                'batch_size, eval_interval, warmup_iters and width: expected at least 1; '
-                'block_size: at least 2'
-            )
+        if min(self.batch_size, self.eval_interval, self.warmup_iters, self.width) < 1:
+            raise ValueError('batch_size, eval_interval, warmup_iters, width: at least 1')
         self.model_config(vocab_size=1)
 
     def model_config(self, vocab_size: int) -> EncoderDecoderConfig:
@@ -97,26 +90,21 @@ def verses(song: str) -> list[list[str]]:
     return [verse for verse in lines if verse]
 
 
-def read_pairs(
-    paths: list[str], val_fraction: float = 0.1, seed: int = 1337
-) -> dict[str, list[tuple[str, str]]]:
-    """(line, next line of its verse) by split, each pair once. Raises UserError for an empty split.
+def read_pairs(paths: list[str], seed: int = 1337) -> dict[str, list[tuple[str, str]]]:
+    """(line, next line of its verse), each once: a tenth of the songs (or verses) for validation.
 
-    Songs are split, or, if there are fewer than 20, verses. A pair in both is for training only.
+    A pair in both splits is for training only. Raises UserError for an empty split.
     """
     songs = [verses(''.join(song)) for song in read_documents(find_files(paths))]
     if len(songs) < 20:
         songs = [[verse] for song in songs for verse in song]
     found: dict[str, dict[tuple[str, str], None]] = {'train': {}, 'val': {}}
     for song in songs:
-        split = pick_split('\n\n'.join('\n'.join(verse) for verse in song), val_fraction, seed)
+        split = pick_split('\n\n'.join('\n'.join(verse) for verse in song), 0.1, seed)
         found[split] |= dict.fromkeys(p for verse in song for p in itertools.pairwise(verse))
     val = [pair for pair in found['val'] if pair not in found['train']]
     if not found['train'] or not val:
-        raise UserError(
-            f'{", ".join(paths)}: too few lines that have a next one for a training and a '
-            'validation split: give more verses, with an empty line between them'
-        )
+        raise UserError(f'{", ".join(paths)}: too few lines: give more verses')
     return {'train': list(found['train']), 'val': val}
 
 
@@ -127,42 +115,23 @@ def tokenize(pairs: list[tuple[str, str]], tokenizer: Tokenizer, block_size: int
     return [pair for pair in ids if max(map(len, pair)) <= block_size]
 
 
-def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Rows of ids as an int64 tensor (B, length of the longest), padded with -1."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
-
-
 def loss_of(model: EncoderDecoder, pairs: Sequence[Pair], smoothing: float = 0.0) -> torch.Tensor:
     """The mean loss; the decoder's input is the targets shifted right, after an end of line."""
-    source, targets = (padded(side).to(model.wte.weight.device) for side in zip(*pairs))
+    sides = ([torch.tensor(ids) for ids in side] for side in zip(*pairs))
+    padded = (pad_sequence(side, batch_first=True, padding_value=-1) for side in sides)
+    source, targets = (side.to(model.wte.weight.device) for side in padded)
     start = torch.full_like(targets[:, :1], pairs[0][1][-1])
     idx = torch.cat((start, targets[:, :-1].clamp(min=0)), dim=1)
     return model(source, idx, targets, smoothing)
 
 
-def pairs_of_step(step: int, batch_size: int, n: int, seed: int) -> list[int]:
-    """The indices of a step's pairs: every epoch has each once, in an order of (seed, epoch)."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = range(places[0] // n, places[-1] // n + 1)
-    parts = [permute(places[places // n == epoch] % n, n, seed, epoch) for epoch in epochs]
-    return np.concatenate(parts).tolist()
-
-
-def learning_rate(config: AnswerConfig, step: int) -> float:
-    """Linear warmup, then 1/√step (Vaswani et al. 2017, section 5.3)."""
-    progress = (step + 1) / config.warmup_iters
-    return config.learning_rate * min(progress, progress**-0.5)
-
-
 @torch.no_grad()
-def evaluate(model: EncoderDecoder, pairs: Sequence[Pair], shift: int = 0) -> float:
-    """Mean loss in nats per token; with `shift`, each answer has the source of another pair."""
+def evaluate(model: EncoderDecoder, pairs: Sequence[Pair]) -> float:
+    """Mean loss in nats per token."""
     model.eval()
-    sources = [source for source, _ in pairs]
-    mixed = list(zip(sources[shift:] + sources[:shift], (target for _, target in pairs)))
     total = 0.0
-    for start in range(0, len(mixed), 256):
-        part = mixed[start : start + 256]
+    for start in range(0, len(pairs), 256):
+        part = pairs[start : start + 256]
         total += float(loss_of(model, part)) * sum(len(target) for _, target in part)
     model.train()
     return total / sum(len(target) for _, target in pairs)
@@ -180,10 +149,7 @@ def load(config: AnswerConfig, best: bool) -> tuple[str, dict[str, Any]]:
 
 
 def train(config: AnswerConfig) -> float:
-    """Train as `config` says; returns the last validation loss.
-
-    Raises UserError. Ctrl-C or SIGTERM saves a checkpoint and raises SystemExit.
-    """
+    """Train; returns the last validation loss. Raises UserError. Ctrl-C saves and exits with 130."""
     state: dict[str, Any] = {}
     if config.init_from == 'resume':
         path, state = load(config, best=False)
@@ -192,9 +158,8 @@ def train(config: AnswerConfig) -> float:
         config = AnswerConfig(**state['config'] | new)
     pairs = read_pairs(config.input or [DEMO], seed=config.seed)
     tokenizer = BPETokenizer.train(itertools.chain(*pairs['train']), config.vocab_size)
-    train_pairs, val_pairs = (
-        tokenize(pairs[name], tokenizer, config.block_size) for name in ('train', 'val')
-    )
+    train_pairs = tokenize(pairs['train'], tokenizer, config.block_size)
+    val_pairs = tokenize(pairs['val'], tokenizer, config.block_size)
     if not train_pairs or not val_pairs:
         raise UserError(f'block_size={config.block_size}: all pairs have a line with more tokens')
 
@@ -202,7 +167,7 @@ def train(config: AnswerConfig) -> float:
     model = EncoderDecoder(config.model_config(tokenizer.vocab_size))
     model.to(pick_device(config.device))
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
-    progress: dict[str, Any] = {'iter_num': 0, 'best_val_loss': math.inf, 'losses': []}
+    progress: dict[str, Any] = {'iter_num': 0, 'best_val_loss': math.inf}
     if state:
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer']['adam'])
@@ -210,23 +175,21 @@ def train(config: AnswerConfig) -> float:
     else:
         archive_run(config.out_dir)
         os.makedirs(config.out_dir, exist_ok=True)
-    print(
-        f'{sum(p.numel() for p in model.parameters()):,} parameters; '
-        f'pairs: {len(train_pairs):,} + {len(val_pairs):,} for validation'
-    )
+    print(f'pairs: {len(train_pairs):,}, and {len(val_pairs):,} for validation')
 
     signals = SignalHandler()
     val_loss = math.nan
     for step in range(progress['iter_num'], config.max_iters):
-        torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)  # for dropout
-        optimizer.param_groups[0]['lr'] = learning_rate(config, step)
-        chosen = pairs_of_step(step, config.batch_size, len(train_pairs), config.seed)
+        torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)  # for the pairs and dropout
+        chosen = torch.randint(len(train_pairs), (config.batch_size,)).tolist()
+        # linear warmup, then 1/√step (Vaswani et al. 2017, section 5.3)
+        warm = (step + 1) / config.warmup_iters
+        optimizer.param_groups[0]['lr'] = config.learning_rate * min(warm, warm**-0.5)
         loss = loss_of(model, [train_pairs[i] for i in chosen], config.label_smoothing)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress['losses'].append(float(loss.detach()))
         progress['iter_num'] = step + 1
 
         due, best = (step + 1) % config.eval_interval == 0 or step + 1 == config.max_iters, False
@@ -234,20 +197,10 @@ def train(config: AnswerConfig) -> float:
             val_loss = evaluate(model, val_pairs)
             best = val_loss < progress['best_val_loss']
             progress['best_val_loss'] = min(val_loss, progress['best_val_loss'])
-            other = evaluate(model, val_pairs, shift=len(val_pairs) // 2)
-            train_loss = sum(progress['losses']) / len(progress['losses'])
-            print(
-                f'step {step + 1:,}: training loss {train_loss:.4f}, validation loss '
-                f'{val_loss:.4f}, with the sources of other lines {other:.4f}'
-            )
-            progress['losses'] = []
+            print(f'step {step + 1:,}: training loss {loss:.4f}, validation loss {val_loss:.4f}')
         if due or signals.stop:
-            state = progress | {
-                'model': model.state_dict(),
-                'model_args': model.config.to_dict(),
-                'config': dataclasses.asdict(config),
-                'tokenizer': tokenizer.state(),
-            }
+            state = progress | {'model': model.state_dict(), 'model_args': model.config.to_dict()}
+            state |= {'config': dataclasses.asdict(config), 'tokenizer': tokenizer.state()}
             if best:
                 checkpoint.save(os.path.join(config.out_dir, 'best.pt'), state)
             state['optimizer'] = {'adam': optimizer.state_dict()}
@@ -260,7 +213,7 @@ def train(config: AnswerConfig) -> float:
 
 
 def answer(config: AnswerConfig) -> list[tuple[str, Answer]]:
-    """(text, answer) to config.line: the greedy one, then the beam's, best first."""
+    """(text, answer) to config.line, the best first."""
     path, state = load(config, best=True)
     model = EncoderDecoder(EncoderDecoderConfig(**state['model_args'])).eval()
     model.load_state_dict(state['model'])
@@ -269,10 +222,8 @@ def answer(config: AnswerConfig) -> list[tuple[str, Answer]]:
     ids = [*tokenizer.encode(config.line.strip()), eot]
     if len(ids) > longest:
         raise UserError(f'line: {len(ids)} tokens with its end, {path} reads at most {longest}')
-    source = torch.tensor([ids])
-    answers = model.greedy(source, eot, longest)
-    answers += model.beam(source, eot, longest, config.width, config.length_penalty)[0]
-    return [(tokenizer.decode([i for i in found.ids if i != eot]), found) for found in answers]
+    beams = model.beam(torch.tensor([ids]), eot, longest, config.width, config.length_penalty)
+    return [(tokenizer.decode([i for i in found.ids if i != eot]), found) for found in beams[0]]
 
 
 def main() -> None:
@@ -281,11 +232,8 @@ def main() -> None:
     if 'line' not in given(config):
         train(config)
         return
-    for number, (text, found) in enumerate(answer(config)):
-        name, score = 'greedy', ''
-        if number:
-            name, score = f'beam {number}', f', score {found.score(config.length_penalty):.2f}'
-        print(f'{name}  log p {found.log_p:.2f}{score}  {text}')
+    for text, found in answer(config):
+        print(f'score {found.score(config.length_penalty):6.2f}, log p {found.log_p:6.2f}  {text}')
 
 
 if __name__ == '__main__':
