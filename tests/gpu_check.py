@@ -43,7 +43,13 @@ import bench  # noqa: E402
 from configurator import UserError, configure, run  # noqa: E402
 from lyregpt import checkpoint  # noqa: E402
 from lyregpt.dataset import write_dataset  # noqa: E402
-from lyregpt.device import can_compile, fast_bf16, matmul_ceiling, pick_device, pick_dtype  # noqa: E402
+from lyregpt.device import (  # noqa: E402
+    can_compile,
+    fast_bf16,
+    matmul_ceiling,
+    pick_device,
+    pick_dtype,
+)
 from lyregpt.engine import Engine, Request  # noqa: E402
 from lyregpt.measure import Table  # noqa: E402
 from lyregpt.quantize import quantize_model  # noqa: E402
@@ -457,10 +463,8 @@ def work(connection: Connection, check: Check, log: str) -> None:
             answer = 'FAIL', str(result)
         except BaseException as error:  # whatever it is, it is this row's result
             traceback.print_exc()
-            answer = (
-                'ERROR',
-                f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0][:200]}',
-            )
+            message = str(error).strip() or 'no message'
+            answer = 'ERROR', f'{type(error).__name__}: {message.splitlines()[0][:200]}'
         connection.send(answer)
 
 
@@ -531,9 +535,8 @@ def main() -> None:
     )  # which the others compare with
     chosen = [row for row in ROWS if wanted is None or row[0].startswith(wanted)]
     if config.rows and not any(row[0].startswith(tuple(config.rows)) for row in ROWS):
-        raise UserError(
-            f'rows={",".join(config.rows)}: no such row; the rows: {", ".join(row[0] for row in ROWS)}'
-        )
+        names = ', '.join(row[0] for row in ROWS)
+        raise UserError(f'rows={",".join(config.rows)}: no such row; the rows: {names}')
     if config.peer and not os.path.isfile(os.path.join(config.peer, 'train.py')):
         raise UserError(f'peer={config.peer}: not a nanoGPT checkout (it has no train.py)')
     for number in (
