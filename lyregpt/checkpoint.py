@@ -317,7 +317,8 @@ def load_from(
         if not any_model and 'norm_first' in state['model_args']:
             raise UserError(
                 f'{path}: is an encoder–decoder written by examples/seq2seq/train_seq2seq.py, not '
-                f'a GPT; run it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} --line="…"'
+                f'a GPT; run it with: python examples/seq2seq/train_seq2seq.py --out_dir={path} '
+                '--line="…"'
             )
         return path, state
     earlier = os.path.join(where, 'earlier')

@@ -476,7 +476,7 @@ def test_quantize_kinds_that_cannot_be():
 
 @pytest.mark.parametrize('changes', [dict(arch='modern', n_kv_head=2), dict(arch='gpt2')])
 def test_compiled_step_writes_the_same(changes, monkeypatch):
-    """The static cache through torch.compile's tracing; a long test has its code generation, too."""
+    """The static cache through torch.compile's tracing; a long test adds its code generation."""
     compile, graphs = torch.compile, []
     monkeypatch.setattr(
         torch,

@@ -1,4 +1,4 @@
-"""docs/concepts/simulate.py: counts beside the model's, traffic beside a ring, tables as printed."""
+"""simulate.py: counts beside the model's, traffic beside a ring, tables as printed."""
 
 import os
 import sys

@@ -116,7 +116,7 @@ def test_resume_equals_the_unbroken_run(chars, tmp_path, more):
 
 
 def test_kill_at_any_instant_then_resume(chars, tmp_path):
-    """kill -9 while it trains and saves: the files always load, and the end is the unbroken run's."""
+    """kill -9 while it trains and saves: the files load, and the end is the unbroken run's."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     settings = ['--max_iters=300', '--eval_interval=10', '--lr_decay_iters=300']
     train(tiny(chars, whole, *settings))

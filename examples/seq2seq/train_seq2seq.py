@@ -149,7 +149,7 @@ def load(config: AnswerConfig, best: bool) -> tuple[str, dict[str, Any]]:
 
 
 def train(config: AnswerConfig) -> float:
-    """Train; returns the last validation loss. Raises UserError. Ctrl-C saves and exits with 130."""
+    """Train; returns the last validation loss. Raises UserError. Ctrl-C saves, then exits."""
     state: dict[str, Any] = {}
     if config.init_from == 'resume':
         path, state = load(config, best=False)
