@@ -712,7 +712,7 @@ def test_foreign_checkpoints(tmp_path, trained):
         )
     for changes in {'config': None}, {'meta': 5}, {'tokenizer': 5}:
         checkpoint.save(path, whole | changes)
-        with pytest.raises(UserError, match=f'best.pt: its {min(changes)} is no dictionary'):
+        with pytest.raises(UserError, match=f'best.pt: its {min(changes)} is not a dictionary'):
             export(ExportConfig(out_dir=path, to=str(tmp_path / 'y')))
 
 
