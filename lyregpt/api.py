@@ -101,7 +101,7 @@ class Model:
         """Return the prompt and the text that continues it.
 
         With `num_samples` it is a list of such texts, and for a list of prompts a list with that
-        for each. `options` are sample.py's (GENERATE_OPTIONS); sample i uses the seed + i, as
+        for each. `options` are sample.py's (GENERATE_OPTIONS); sample i uses seed + i, as
         there. Raises UserError.
         """
         if isinstance(prompt, (list, tuple)):

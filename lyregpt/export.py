@@ -439,7 +439,7 @@ def describe_splits(meta: dict[str, Any]) -> str:
 
 def limits(form: str, tokenizer: Tokenizer, context: int, from_scratch: bool) -> list[str]:
     """Return paragraphs on what the model, written as `form`, cannot do."""
-    alone = 'It knows the words and the style of its data alone. ' if from_scratch else ''
+    alone = 'It knows only the words and style of its data. ' if from_scratch else ''
     notes = [
         f'{alone}It sees no more than {context:,} tokens at a time. It continues texts; it does '
         'not answer questions or follow instructions. It may repeat passages of its data word for '
@@ -488,9 +488,7 @@ def export(config: ExportConfig) -> str:
     for target in (to, readme):
         free = not gguf and os.path.isdir(target) and not os.listdir(target)
         if os.path.lexists(target) and not free:
-            raise UserError(
-                f'{target}: is there already; remove it, or name another place with --to'
-            )
+            raise UserError(f'{target} already exists; remove it, or choose another path with --to')
 
     # The model
     path, state = checkpoint.load_from(config.out_dir)

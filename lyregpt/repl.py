@@ -37,8 +37,9 @@ from lyregpt.generate import LoadedModel, encode_prompt, generate, prompt_text
 from lyregpt.originality import Index, index_of
 from lyregpt.text import atomic_write
 
+# What /texts leaves out of song headers
+HEADER_LINES = r'^(Artist|Album|Year): .*\n|\[.*\]\n|^Title: '
 # Options that a running session cannot change: the model, the machine, and what the prompt replaces
-HEADER_LINES = r'^(Artist|Album|Year): .*\n|\[.*\]\n|^Title: '  # left out where texts are listed
 FIXED = set(
     'out_dir init_from device dtype threads quantize compile json interactive num_samples start '
     'dataset'.split()

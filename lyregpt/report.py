@@ -221,11 +221,6 @@ def advice(run: Run) -> list[Hint]:
     return found + list(check_efficiency(run))
 
 
-def applicable(*cases: tuple[Any, str]) -> list[str]:
-    """The texts whose condition holds."""
-    return [text for applies, text in cases if applies]
-
-
 def command(run: Run) -> str:
     """The command that repeats the run in another folder; a hint's options are appended to it."""
     words = ['python', 'train.py', f'{run.out_dir}/config.json', f'--out_dir={run.out_dir}-next']
@@ -259,32 +254,30 @@ def how_to_resume(run: Run) -> str:
 def check_learning_rate(run: Run) -> list[Hint]:
     """Is the learning rate too high? Signs: NaN, jumps of the loss, mostly clipped gradients."""
     rate, clip, warmup = map(run.option, ('learning_rate', 'grad_clip', 'warmup_iters'))
-    jumps, losses = [(0.0, 0.0, 0.0, 0.0)], run.points('train_loss')
+    jumps, losses = [], run.points('train_loss')
     for i, (step, loss) in enumerate(losses[1:], 1):
         usual = statistics.median(value for _, value in losses[max(0, i - 5) : i])
         if loss > max(1.15 * usual, usual + 0.3):
             jumps.append((loss - usual, step, usual, loss))
-    _, step, usual, loss = max(jumps)
     norms = [norm for step, norm in run.points('grad_norm') if step > warmup]
     clipped = sum(norm > 3 * clip > 0 for norm in norms) / max(1, len(norms))
-    end = str(run.facts.get('end'))
-    shows = applicable(
-        ('NaN' in end, f'The run ended because {end}.'),
-        (
-            len(jumps) > 2,
-            f'The training loss jumped {len(jumps) - 1} times; the largest jump was at step '
-            f'{step:,.0f}, from {usual:.2f} to {loss:.2f}.',
-        ),
-        (
-            clipped > 0.5,
+    shows, end = [], str(run.facts.get('end'))
+    if 'NaN' in end:
+        shows.append(f'The run ended because {end}.')
+    if len(jumps) > 1:
+        _, step, usual, loss = max(jumps)
+        shows.append(
+            f'The training loss jumped {len(jumps)} times; the largest jump was at step '
+            f'{step:,.0f}, from {usual:.2f} to {loss:.2f}.'
+        )
+    if clipped > 0.5:
+        shows.append(
             f'After the warm-up the gradient norm was more than 3 times grad_clip={clip:g} in '
-            f'{clipped:.0%} of the log lines.',
-        ),
-    )
-    way = f'A lower learning rate: {options(learning_rate=rate / 3)}.'
+            f'{clipped:.0%} of the log lines.'
+        )
     if not shows or not rate:
         return []
-    return [(' '.join(shows), way)]
+    return [(' '.join(shows), f'A lower learning rate: {options(learning_rate=rate / 3)}.')]
 
 
 def judge_losses(run: Run) -> tuple[str, list[Hint]]:
@@ -298,14 +291,15 @@ def judge_losses(run: Run) -> tuple[str, list[Hint]]:
         interval, way = max(1, run.steps // 10), how_to_resume(run)
         if not way and interval == run.option('eval_interval'):
             return '', []
-        shows = f'Number of evaluations: {len(run.evaluations)}, too few to detect overfitting.'
+        counts = ('No evaluations', 'Only 1 evaluation', 'Only 2 evaluations')
+        shows = f'{counts[len(run.evaluations)]}: too few to detect overfitting.'
         return '', [(shows, way or f'Evaluate more often: {options(eval_interval=interval)}.')]
     if train is None:
         return '', []
     first, val = run.points('train_loss')[0][1], run.evaluations[-1]['val_loss']
-    signs, gain = overfitting(run, train, val), (half or 2 * val) - val
-    if signs:
-        return 'overfitting', [(signs[0], against_overfitting(run))]
+    shows, gain = overfitting(run, train, val), (half or 2 * val) - val
+    if shows:
+        return 'overfitting', [(shows, against_overfitting(run))]
     if gain > min(0.02 * val, 0.2 * (first - train)):  # the second: a slow run has not fallen far
         shows = (
             'The validation loss is still falling: the second half of the steps, to '
@@ -320,50 +314,43 @@ def judge_losses(run: Run) -> tuple[str, list[Hint]]:
         f'validation loss by {gain:.3f}: the model has reached its capacity (it is too small).'
     )
     heads, width = int(run.option('n_head')), int(run.option('n_embd'))
-    sizes = applicable(
-        (run.is_finetuned or not heads or not width, 'Use a larger model.'),
-        (True, f'Use a larger model: {options(n_head=2 * heads, n_embd=2 * width)}.'),
-    )
-    return 'too small', [(shows, sizes[0])]
+    way = 'Use a larger model'
+    if heads and width and not run.is_finetuned:
+        way += f': {options(n_head=2 * heads, n_embd=2 * width)}'
+    return 'too small', [(shows, f'{way}.')]
 
 
-def overfitting(run: Run, train: float, val: float) -> list[str]:
-    """How the figures show overfitting; [] if they do not."""
+def overfitting(run: Run, train: float, val: float) -> str:
+    """How the figures show overfitting; '' if they do not."""
     low, at, third = run.best['val_loss'], run.best['step'], 2 * run.steps / 3
     train_at_best = run.train_at(at) or 0.0
     train_fell = (run.train_at(third) or train) - train
     val_fell = (run.val_at(third) or val) - val
-    return applicable(
-        (
-            val > 1.01 * low and train < min(val, train_at_best),
+    if val > 1.01 * low and train < min(val, train_at_best):
+        return (
             f'The validation loss was lowest at step {at:,.0f} ({low:.3f}) and rose to {val:.3f} '
             f'at step {run.steps:,}, while the training loss fell from {train_at_best:.3f} to '
-            f'{train:.3f}: the model is overfitting. best.pt has the weights of step {at:,.0f}.',
-        ),
-        (
-            val - train > 0.05 * val and max(val_fell, 0.004 * train) < 0.2 * train_fell,
+            f'{train:.3f}: the model is overfitting. best.pt has the weights of step {at:,.0f}.'
+        )
+    if val - train > 0.05 * val and max(val_fell, 0.004 * train) < 0.2 * train_fell:
+        return (
             f'Over the last third of the steps the training loss fell by {train_fell:.3f} to '
             f'{train:.3f}, the validation loss by {max(0.0, val_fell):.3f} to {val:.3f}: the model '
-            'is beginning to overfit.',
-        ),
-    )
+            'is beginning to overfit.'
+        )
+    return ''
 
 
 def against_overfitting(run: Run) -> str:
     """What can be tried against overfitting."""
     dropout, layers = run.option('dropout'), int(run.option('n_layer'))
-    ways = applicable(
-        (True, 'More text'),
-        (
-            'dropout' in run.config and dropout < 0.5,
-            f'dropout, {options(dropout=min(0.5, dropout + 0.1))}',
-        ),
-        (not 0 < run.option('patience') <= 3, f'early stopping, {options(patience=3)}'),
-        (
-            layers > 1 and not run.is_finetuned,
-            f'a smaller model, {options(n_layer=layers // 2)}',
-        ),
-    )
+    ways = ['More text']
+    if 'dropout' in run.config and dropout < 0.5:
+        ways.append(f'dropout, {options(dropout=min(0.5, dropout + 0.1))}')
+    if not 0 < run.option('patience') <= 3:
+        ways.append(f'early stopping, {options(patience=3)}')
+    if layers > 1 and not run.is_finetuned:
+        ways.append(f'a smaller model, {options(n_layer=layers // 2)}')
     return '; or '.join(ways) + '.'
 
 
@@ -378,12 +365,13 @@ def train_longer(run: Run, shows: str, first: float, train: float) -> list[Hint]
     if way:
         return [(shows, way)]
     steps = 2 * run.steps
-    longer = applicable(
-        (minutes, options(max_minutes=2 * minutes)),
-        (run.option('lr_decay_iters'), options(max_iters=steps, lr_decay_iters=steps)),
-        (True, options(max_iters=steps)),
-    )
-    way = f'The run was too short: train longer, {longer[0]}.'
+    if minutes:
+        longer = options(max_minutes=2 * minutes)
+    elif run.option('lr_decay_iters'):
+        longer = options(max_iters=steps, lr_decay_iters=steps)
+    else:
+        longer = options(max_iters=steps)
+    way = f'The run was too short: train longer, {longer}.'
     middle = run.train_at(run.steps / 2)
     if rate and middle and middle - train > 0.5 * (first - middle):
         shows += (
@@ -428,34 +416,30 @@ def check_efficiency(run: Run) -> Iterator[Hint]:
     names = ('validation windows read', 'validation windows', 'validation tokens')
     read, available, tokens = (run.figure('data', name) for name in names)
     if read and available and tokens and tokens * read / available < 10_000:
-        ways = applicable(
-            (read < available, f'Evaluate on the whole split: {options(eval_iters=None)}.'),
-            (True, 'Prepare the dataset with a larger --val_fraction.'),
-        )
+        way = 'Prepare the dataset with a larger --val_fraction.'
+        if read < available:
+            way = f'Evaluate on the whole split: {options(eval_iters=None)}.'
         yield (
             f'The validation loss is the mean over {tokens * read / available:,.0f} tokens; below '
             '10,000, differences of a percent may be noise.',
-            ways[0],
+            way,
         )
     seconds, mfu, interval = run.seconds(), run.median('mfu'), int(run.option('eval_interval'))
     total, evaluation = sum(seconds.values()), seconds.get('evaluation', 0.0)
     if total > 60 and evaluation > 0.2 * total:
-        ways = applicable((interval, f': {options(eval_interval=2 * interval)}'))
-        yield (
-            f'Evaluations took {evaluation / total:.0%} of the time.',
-            f'Evaluate less often{"".join(ways)}.',
-        )
+        way = 'Evaluate less often'
+        if interval:
+            way += f': {options(eval_interval=2 * interval)}'
+        yield f'Evaluations took {evaluation / total:.0%} of the time.', f'{way}.'
     # batch_size='auto' is not a number: it already processes as many sequences at once as fit
     sequences = int(run.option('batch_size') * run.option('gradient_accumulation_steps'))
     is_compiled = run.facts.get('environment', {}).get('model is') == 'compiled'
     at_once = run.figure('data', 'windows at once') or sequences
-    ways = applicable(
-        (not is_compiled and run.config.get('compile') is not True, options(compile=True)),
-        (
-            at_once < sequences,
-            options(batch_size='auto', gradient_accumulation_steps=sequences),
-        ),
-    )
+    ways = []
+    if not is_compiled and run.config.get('compile') is not True:
+        ways.append(options(compile=True))
+    if at_once < sequences:
+        ways.append(options(batch_size='auto', gradient_accumulation_steps=sequences))
     if ways and total > 60 and mfu is not None and mfu < 0.15:
         shows = f'The run used {mfu:.0%} of the measured peak throughput (large matrix products).'
         yield shows, f'Try {" or ".join(ways)}.'
@@ -653,11 +637,12 @@ def compare(a: Run, b: Run) -> tuple[list[tuple[str, str, str]], list[str]]:
         ('seconds in total', ',.1f', [run.last['seconds'] for run in both], True),
         ('peak memory, MB', ',.0f', [run.figure('memory', 'peak') for run in both], True),
     ]
-    interpolated = (
-        "At equal tokens or seconds the longer run's learning rate had not come down yet. The loss "
-        'is interpolated linearly between evaluations.'
-    )
-    remarks = applicable((remark, remark), (losses and a.tokens != b.tokens, interpolated))
+    remarks = [remark] if remark else []
+    if losses and a.tokens != b.tokens:
+        remarks.append(
+            "At equal tokens or seconds the longer run's learning rate had not come down yet. The "
+            'loss is interpolated linearly between evaluations.'
+        )
     machines = [run.facts.get('environment', {}) for run in both]
     rows = [
         (name, str(a.config.get(name, '–')), str(b.config.get(name, '–')))

@@ -19,6 +19,8 @@ from configurator import UserError
 # (split, text, does the document end here?): a long document comes in several pieces
 Piece = tuple[str, str, bool]
 
+ENCODING_HINT = ', or tell prepare.py its encoding, as in --encoding=cp1252'
+
 # The text of a JSON record is in the first of these fields that it has.
 TEXT_FIELDS = ('text', 'lyrics', 'content')
 
@@ -125,7 +127,9 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
     Without an `encoding`, it is detected: UTF-8, UTF-16 with a byte order mark, else what
     charset-normalizer says. Raises UserError if the encoding is unknown or does not fit.
     """
-    encoding = encoding or detect_encoding(path)
+    hint = ''
+    if not encoding:
+        encoding, hint = detect_encoding(path), ENCODING_HINT
     try:
         with open(path, encoding=encoding) as f:
             for lines in iter(lambda: f.readlines(1 << 16), []):
@@ -134,8 +138,7 @@ def read_pieces(path: str, encoding: str = '') -> Iterator[str]:
         raise UserError(f'encoding={encoding}: unknown encoding') from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{path}: is not valid {encoding} ({error.reason}); save it as UTF-8 '
-            '(prepare.py also takes --encoding, as in --encoding=cp1252)'
+            f'{path} is not valid {encoding} ({error.reason}); save it as UTF-8{hint}'
         ) from None
 
 
@@ -153,8 +156,7 @@ def detect_encoding(path: str) -> str:
     best = from_bytes(sample).best()
     if best is None:
         raise UserError(
-            f'{path}: its encoding could not be detected; save it as UTF-8, '
-            'or tell prepare.py its encoding, as in --encoding=cp1252'
+            f'{path}: its encoding could not be detected; save it as UTF-8{ENCODING_HINT}'
         )
     return best.encoding
 
@@ -306,7 +308,7 @@ def download(url: str, path: str, sha256: str, offline: bool = False) -> str:
     digest = hashlib.sha256(answer.content).hexdigest()
     if digest != sha256:
         raise UserError(
-            f'{url} came damaged (sha256 {digest}, expected {sha256}): try again, or {by_hand}'
+            f'{url} is corrupt (sha256 {digest}, expected {sha256}): try again, or {by_hand}'
         )
     atomic_write(path, answer.content)
     return path

@@ -319,6 +319,7 @@ def test_a_dataset_by_name_from_anywhere(tmp_path, monkeypatch):
             'no such file or folder; a text itself is given in a list',
         ),
         (lambda m, d: lyregpt.train(out_dir=d), 'nothing to train on'),
+        (lambda m, d: lyregpt.train(out_dir=d, tokenizer='char'), 'nothing to train on'),
         (lambda m, d: lyregpt.train(SONGS, d, dataset='x'), 'leave one out'),
         (
             lambda m, d: lyregpt.train(out_dir=d, dataset='x', vocab_size=300),

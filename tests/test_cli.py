@@ -71,6 +71,15 @@ def test_an_unknown_command_gets_the_nearest(monkeypatch, capsys, word, nearest)
     assert not nearest or f'; did you mean {nearest}?' in err
 
 
+def test_help_for_configs_loads_no_torch():
+    code = (
+        'import atexit, sys; atexit.register(lambda: print("torch" in sys.modules)); '
+        'sys.argv[1:] = ["convert-config", "--help"]; import lyregpt.__main__ as cli; cli.main()'
+    )
+    done = script('-c', code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == 'False', done.stderr
+
+
 def test_errors_name_the_script_as_it_was_typed(monkeypatch, capsys):
     import train
 

@@ -11,7 +11,7 @@ import pytest
 
 from configurator import UserError
 from lyregpt.dataset import Split, TokenFile, permute, read_meta, read_tokenizer, write_dataset
-from lyregpt.text import download, pick_split, read_pieces, split_text
+from lyregpt.text import download, pick_split, read_documents, read_pieces, split_text
 from lyregpt.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import DEMO, ROOT, mistake, script
 
@@ -201,10 +201,13 @@ def test_encodings_are_detected(tmp_path, encoding):
         == ''.join(read_pieces(str(tmp_path / 'a.txt'), encoding))
     )
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
-    with pytest.raises(UserError, match='--encoding=cp1252'):
+    with pytest.raises(UserError, match='save it as UTF-8$'):  # sample.py has no --encoding
         list(read_pieces(str(tmp_path / 'a.txt'), 'utf-8'))
     with pytest.raises(UserError, match='unknown encoding'):
         list(read_pieces(str(tmp_path / 'a.txt'), 'klingon'))
+    (tmp_path / 'a.txt').write_bytes(b'cafe' * (1 << 18) + b'\xe9')
+    with pytest.raises(UserError, match='save it as UTF-8, or .* --encoding=cp1252'):
+        list(*read_documents([str(tmp_path / 'a.txt')]))
 
 
 # -----------------------------------------------------------------------------
@@ -400,7 +403,7 @@ def test_downloads_are_checked(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), 'nothing is left behind'
     assert download(url, path, digest) == path and (tmp_path / 'x').read_bytes() == body
     assert download(url, path, digest) == path and len(asked) == 2, 'it is there already'
-    with pytest.raises(UserError, match='came damaged'):
+    with pytest.raises(UserError, match='is corrupt'):
         download(url, str(tmp_path / 'y'), '0' * 64)
     assert not (tmp_path / 'y').exists()
     server.shutdown()

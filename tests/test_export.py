@@ -649,7 +649,7 @@ def test_what_is_there_stays(tmp_path, trained):
         (tmp_path / 'a.gguf').write_text('mine')
         (tmp_path / 'b.md').write_text('mine')
         (tmp_path / 'c.gguf').mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=f'{name[0]}.* is there already'):
+        with pytest.raises(UserError, match=f'{name[0]}.* already exists'):
             export(ExportConfig(out_dir=str(trained), to=str(tmp_path / name), format=form))
     assert (tmp_path / 'a.gguf').read_text() == (tmp_path / 'b.md').read_text() == 'mine' and not (
         tmp_path / 'b.gguf'
@@ -680,7 +680,7 @@ def test_the_card_says_what_is_known(tmp_path, chars, trained):
     text = Path(
         export(ExportConfig(out_dir=str(trained), to=str(tmp_path / 'a'))), 'README.md'
     ).read_text()
-    assert 'data alone' in text and 'began from' not in text and 'trained with lyreGPT' in text
+    assert 'only the words' in text and 'began from' not in text and 'trained with lyreGPT' in text
     out = tmp_path / 'out'
     train(tiny(chars, out, f'--init_from={trained}', '--max_iters=1', '--eval_interval=1'))
     train(tiny(chars, out, '--init_from=resume', '--max_iters=2', '--eval_interval=1'))
@@ -689,7 +689,7 @@ def test_the_card_says_what_is_known(tmp_path, chars, trained):
     ).read_text()
     splits = json.loads((chars / 'meta.json').read_text())['splits']
     assert (
-        'data alone' not in text
+        'only the words' not in text
         and f'| began from | {trained.name} |' in text
         and f'| train | {splits["train"]["documents"]:,} |' in text
     )

@@ -231,6 +231,14 @@ def test_devices_by_name(gpu):
         device.pick_device('cuda:2')
 
 
+def test_a_gpu_whose_driver_is_too_old_is_not_picked(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert device.pick_device('auto') == torch.device('cpu')
+    with pytest.raises(ValueError, match='no such device'):
+        device.pick_device('cuda')
+
+
 @pytest.mark.parametrize(
     'capability, dtype',
     [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)],

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -13,12 +14,13 @@ import torch
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from configurator import UserError, configure
 from lyregpt.generate import LoadedModel
-from lyregpt.repl import COMMANDS, FIXED, Session, line_editor
+from lyregpt.repl import COMMANDS, FIXED, Session, Text, line_editor
 from lyregpt.tokenizer import EOT, BPETokenizer, CharTokenizer
 from sample import SampleConfig, load, print_samples
 from tests.conftest import ROOT
@@ -213,7 +215,7 @@ def test_options_are_those_of_the_dataclass(talk):
         ('/more', 'no text yet'),
         ('/save', 'no text yet'),
         ('/texts', 'no text yet'),
-        ('FILE:nowhere.txt', 'nowhere.txt'),
+        ('FILE:nowhere.txt', 'nowhere.txt: No such file or directory'),
     ],
 )
 def test_mistakes_get_one_line_and_end_nothing(talk, line, message):
@@ -253,6 +255,35 @@ def test_texts_are_kept(talk, tmp_path):
         and session.config.temperature == 0.8
         and session.config.seed == 1339
     )
+
+
+def test_an_error_of_the_output_ends_the_session(talk, monkeypatch):
+    def add(text, token):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Text, 'add', add)
+    with pytest.raises(OSError, match='No space left'):
+        talk(['so'])
+
+
+def test_the_list_shows_no_song_headers(talk, monkeypatch):
+    letters = CharTokenizer(sorted(set('Artist: Title: [x]\nOde tale')))
+    monkeypatch.setattr(Session, 'width', lambda session: 15)
+    lines = ['/artist Otis', '/title Ode', 'a\\', '[x]\\', 'tale a tale', '/texts']
+    *_, listed = talk(lines, tokenizer=letters, ids=[0])[2]
+    assert listed == '*  1  Ode / a …'
+
+
+def test_a_full_disk_spares_the_prompt(tmp_path, monkeypatch):
+    def store(history, line):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(FileHistory, 'store_string', store)
+    monkeypatch.setenv('LYREGPT_HISTORY', str(tmp_path / 'history'))
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        history = line_editor({}, {}).history
+    history.append_string('the sea')
+    assert history.get_strings() == ['the sea']
 
 
 def test_the_line_editor(tmp_path, monkeypatch):

@@ -483,7 +483,7 @@ def said(run):
         ),
         (
             recorded('short', rows=slice(0, 3)),
-            'Number of evaluations: 1, too few',
+            'Only 1 evaluation: too few',
             ['--eval_interval=2'],
         ),
         (
@@ -604,6 +604,13 @@ def test_charts_need_no_backend():
     )
     done = script('-c', code, MPLBACKEND='TkAgg')
     assert done.returncode == 0, done.stderr
+
+
+def test_charts_of_a_loss_of_zero(monkeypatch):
+    run = recorded('small')
+    run.best |= {'val_loss': 0.0, 'val_bpb': 0.0}
+    monkeypatch.setattr(report, 'draw', lambda title, lines, **look: look.get('right'))
+    assert report.charts(run)[0][2] == ('bits per byte', 0.0)
 
 
 def test_nothing_wrong_is_said():
